@@ -1,0 +1,1 @@
+"""From log to release: dataset, training, evaluation, gate, economics."""

@@ -1,0 +1,1 @@
+"""The HTTP surface and what every request passes through."""

@@ -1,0 +1,1 @@
+"""Replay of recorded traffic, the demo, and load scenarios."""

@@ -1,0 +1,1 @@
+"""Signals to confidence to decision: pure functions and estimators, no I/O."""

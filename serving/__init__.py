@@ -1,0 +1,1 @@
+"""The models and the records they share. Imports nothing of ours."""

@@ -1,0 +1,113 @@
+"""The exchange: one request and the answers it got. It is what the log holds and what students learn from.
+
+An exchange isn't stored as such. Workers append *events* (`serving.events`); the exchange is the fold of the events
+that carry its id (`fold`). `schema` is part of every event, so that a reader can refuse what it doesn't know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCHEMA = 1
+
+Json = dict[str, Any]
+"""A JSON object as the client or the upstream wrote it."""
+
+Route = Literal["cache", "student", "teacher"]
+Audit = Literal["none", "pending", "answered", "missing"]
+"""`none`: the coin didn't fall (or the request wasn't eligible). `pending`: it fell and an answer is still owed.
+`answered`: both answers are known. `missing`: the teacher could not be had; counts as disagreement in every test."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherAnswer:
+    """What the teacher answered. `choices` and `usage` are OpenAI's, whole (a stream is assembled first)."""
+
+    model: str
+    choices: list[Json]
+    usage: Json | None
+    latency_s: float
+    system_fingerprint: str | None = None
+    cost_usd: float | None = None
+    price_version: str | None = None
+    trainable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StudentAnswer:
+    """What the student answered, and what it knows about how sure it is.
+
+    `score` is the untied ranking score that the router turns into a confidence; `signals` are the numbers behind it.
+    `usage` is in the teacher's tokens, estimated from the log, since that is the price that was avoided.
+    """
+
+    model: str
+    choices: list[Json]
+    usage: Json | None
+    latency_s: float
+    score: float
+    cost_usd: float | None = None
+    signals: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One request and its answers, folded from the log.
+
+    `created` is in seconds since the epoch. `propensity` is the probability with which the exchange came to have both
+    answers: 1 if escalated, the audit rate if accepted (STATISTICS.md §2), None when the request isn't eligible.
+    `coin` says whether the audit coin fell (flipped for every eligible request, whatever its route).
+    `agreement` is None until both answers are known.
+    """
+
+    id: str
+    request_id: str
+    created: float
+    task: str
+    tenant: str
+    request: Json
+    route: Route
+    reason: str
+    release: str | None = None
+    teacher: TeacherAnswer | None = None
+    student: StudentAnswer | None = None
+    confidence: float | None = None
+    threshold: float | None = None
+    eligible: bool = True
+    coin: bool = False
+    audit_rate: float = 0.0
+    audit: Audit = "none"
+    propensity: float | None = None
+    agreement: bool | None = None
+    superseded_by: str | None = None
+    cancelled: bool = False
+    cost_usd: float | None = None
+    schema: int = SCHEMA
+
+    def to_json(self) -> Json:
+        """The exchange as plain JSON, the form it has on disk."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Json) -> Exchange:
+        """Read what `to_json` wrote. Unknown fields are ignored, so that newer writers can be read.
+
+        Raises KeyError, TypeError or ValueError for anything that isn't an exchange of this schema.
+        """
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"exchange has schema {data['schema']!r}, this version reads {SCHEMA}")
+        known = {name: data[name] for name in _EXCHANGE_FIELDS if name in data}
+        if known.get("teacher") is not None:
+            known["teacher"] = TeacherAnswer(**_only(TeacherAnswer, known["teacher"]))
+        if known.get("student") is not None:
+            known["student"] = StudentAnswer(**_only(StudentAnswer, known["student"]))
+        return cls(**known)
+
+
+_EXCHANGE_FIELDS = tuple(f.name for f in dataclasses.fields(Exchange))
+
+
+def _only(kind: type[TeacherAnswer] | type[StudentAnswer], data: Json) -> Json:
+    return {f.name: data[f.name] for f in dataclasses.fields(kind) if f.name in data}

@@ -1,0 +1,23 @@
+"""The seam behind which every student stands, and the way from a release on disk to one that answers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from serving.exchange import Json, StudentAnswer
+
+
+class Student(Protocol):
+    """A model that imitates the teacher on one task."""
+
+    def unsupported(self, request: Json) -> str | None:
+        """The feature of `request` this student was not made for (`tools`, `turns`, `content`, `n`, …), or None."""
+        ...
+
+    async def answer(self, request: Json) -> StudentAnswer:
+        """Answer a supported request. Any exception means: ask the teacher."""
+        ...
+
+    async def aclose(self) -> None:
+        """Give back what the student holds."""
+        ...
