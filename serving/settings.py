@@ -1,22 +1,31 @@
 """The configuration: read once, checked whole, passed down.
 
-`load_settings` reads a TOML file and then the environment (`UNDERSTUDY_<SECTION>__<KEY>`; lists as JSON), which wins.
-Every section refuses keys it doesn't know and names the nearest right one.
+`load_settings` reads a TOML file and then the environment (`UNDERSTUDY_<SECTION>__<KEY>`; lists as JSON). The
+environment wins. Every section refuses keys it does not know and names the nearest right one.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from serving.errors import ConfigError
+
+DEFAULT_FILE = Path("understudy.toml")
+ENV_PREFIX = "UNDERSTUDY_"
+RESERVED_TASKS = frozenset({"other"})
+"""`other` takes the requests of every prompt beyond `server.max_tasks`; nothing is learned from it."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
@@ -33,9 +42,13 @@ class ServerSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(8080, ge=0, le=65535)
     workers: int = Field(1, ge=1, le=64)
-    max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024, description="a larger request body is refused with 413")
+    max_body_bytes: int = Field(
+        20 * 1024 * 1024, ge=1024, description="a larger request body is refused with 413"
+    )
     max_tasks: int = Field(200, ge=1, description="unseen prompts become tasks by themselves up to this many")
-    api_keys: list[SecretStr] = Field(default=[], description="the gateway's own keys, plain or as sha256:<hex>")
+    api_keys: list[SecretStr] = Field(
+        default=[], description="the gateway's own keys, plain or as sha256:<hex>"
+    )
 
 
 class Price(Section):
@@ -50,8 +63,14 @@ class TeacherSettings(Section):
     """The expensive model: any OpenAI-compatible base URL."""
 
     base_url: str = Field("https://api.openai.com/v1", pattern=r"^https?://")
-    model: str | None = Field(None, description="sent instead of the client's model; absent: the client's own")
-    api_key_env: str = Field("OPENAI_API_KEY", description="the environment variable that holds the teacher's key")
+    model: str | None = Field(
+        None, description="sent instead of the client's model; absent: the client's own"
+    )
+    api_key_env: str = Field(
+        "OPENAI_API_KEY",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="the environment variable that holds the teacher's key",
+    )
     trainable: bool = Field(False, description="whether the provider's terms let you train on its answers")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one request, retries included")
     max_retries: int = Field(2, ge=0, le=10)
@@ -61,7 +80,9 @@ class TeacherSettings(Section):
 class StudentSettings(Section):
     """What running students costs."""
 
-    usd_per_hour: float = Field(0.05, ge=0, description="price of the machine (one core) a student answers on")
+    usd_per_hour: float = Field(
+        0.05, ge=0, description="price of the machine (one core) a student answers on"
+    )
 
 
 class LogSettings(Section):
@@ -74,7 +95,9 @@ class LogSettings(Section):
 class LearningSettings(Section):
     """When the gateway learns by itself."""
 
-    interval_s: float = Field(60.0, ge=0, description="how often to see whether a look is due; 0: never by itself")
+    interval_s: float = Field(
+        60.0, ge=0, description="how often to see whether a look is due; 0: never by itself"
+    )
 
 
 class StudentChoice(Section):
@@ -87,27 +110,42 @@ class AgreementChoice(Section):
     """How two answers of a task are compared."""
 
     kind: Literal["exact", "json", "numeric"] = "exact"
-    tolerance: float = Field(0.0, ge=0, description="of `numeric`: the largest relative difference that still agrees")
+    tolerance: float = Field(
+        0.0, ge=0, description="of `numeric`: the largest relative difference that still agrees"
+    )
 
 
 class Match(Section):
     """Which requests belong to a task; every given condition must hold."""
 
-    header: str | None = Field(None, description="value of x-understudy-task (the task's own name always matches)")
+    header: str | None = Field(
+        None, description="value of x-understudy-task (the task's own name always matches)"
+    )
     model: str | None = Field(None, description="the client's model, or an alias of yours")
     metadata: dict[str, str] = Field(default={}, description="entries of the request's `metadata`")
     system: str | None = Field(None, description="a regular expression searched for in the system prompt")
 
+    @field_validator("system")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"should be a regular expression: {error}") from None
+        return value
+
 
 class TaskPolicy(Section):
-    """How one task is learned and served; `[task_defaults]` sets it for every task, discovered ones included."""
+    """How one task is learned and served; `[task_defaults]` sets it for all, discovered ones included."""
 
     student: StudentChoice = StudentChoice()
     agreement: AgreementChoice = AgreementChoice()
     max_disagreement: float = Field(0.05, gt=0, lt=1)
     certainty: float = Field(0.9, gt=0, lt=1)
     audit_rate: float | None = Field(None, gt=0, le=1, description="absent: 5 %, then 2 % (STATISTICS.md §2)")
-    always_escalate: list[str] = Field(default=[], description="student answers that always go to the teacher")
+    always_escalate: list[str] = Field(
+        default=[], description="student answers that always go to the teacher"
+    )
     on_teacher_failure: Literal["error", "student"] = "error"
 
 
@@ -117,12 +155,21 @@ class TaskSettings(TaskPolicy):
     name: Name
     match: Match | None = None
 
+    @field_validator("name")
+    @classmethod
+    def _isnt_reserved(cls, value: str) -> str:
+        if value in RESERVED_TASKS:
+            raise ValueError(
+                "is a name of our own (prompts beyond server.max_tasks go there); choose another"
+            )
+        return value
+
 
 class Settings(BaseSettings):
     """The whole configuration. Everything is optional but the teacher's key."""
 
     model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, env_prefix="UNDERSTUDY_", env_nested_delimiter="__", env_ignore_empty=True
+        extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter="__", env_ignore_empty=True
     )
 
     state_dir: Path = Path("state")
@@ -134,6 +181,15 @@ class Settings(BaseSettings):
     task_defaults: TaskPolicy = TaskPolicy()
     task: list[TaskSettings] = []
 
+    @field_validator("task")
+    @classmethod
+    def _names_differ(cls, value: list[TaskSettings]) -> list[TaskSettings]:
+        names = [task.name for task in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"should name every task once; {', '.join(twice)} is there more than once")
+        return value
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -143,11 +199,11 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment wins over the file (which comes in as init arguments); nothing else is read."""
+        """Let the environment win over the file (which comes in as init arguments); nothing else is read."""
         return env_settings, init_settings
 
     def for_task(self, name: str) -> TaskSettings:
-        """The settings of one task: its own, else the defaults under its name."""
+        """Return the settings of one task: its own, else the defaults under its name."""
         own: dict[str, Any] = {"name": name}
         for task in self.task:
             if task.name == name:
@@ -155,6 +211,161 @@ class Settings(BaseSettings):
         return TaskSettings(**{**self.task_defaults.model_dump(exclude_unset=True), **own})
 
     def teacher_key(self) -> SecretStr | None:
-        """The teacher's key from the environment, or None: then the client's own key is forwarded."""
-        value = os.environ.get(self.teacher.api_key_env, "")
+        """Return the teacher's key from the environment, or None: then the client's own key is forwarded."""
+        value = os.environ.get(self.teacher.api_key_env, "").strip()
         return SecretStr(value) if value else None
+
+
+def load_settings(path: Path | None = None) -> Settings:
+    """Read the configuration file and the environment, which wins.
+
+    `path` None means `understudy.toml` in the working directory if there is one, else the defaults. Raises
+    ConfigError, whose message names everything that is wrong and never holds a secret.
+    """
+    return _validated(_read_toml(path))
+
+
+def _read_toml(path: Path | None) -> dict[str, Any]:
+    file = DEFAULT_FILE if path is None else path
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if path is None:
+            return {}
+        raise ConfigError(f"there is no configuration file {file}") from None
+    except OSError as error:
+        raise ConfigError(f"the configuration file {file} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the configuration file {file} isn't UTF-8 (byte {error.start})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the configuration file {file} isn't TOML: {error}") from None
+
+
+def _validated(data: dict[str, Any]) -> Settings:
+    """Check `data` and the environment together, or raise ConfigError."""
+    lines = _unknown_variables()
+    try:
+        settings = Settings(**data)
+    except ValidationError as error:
+        lines += [_explain(item) for item in error.errors(include_url=False, include_context=False)]
+    except SettingsError:
+        lines += _undecodable_variables()
+    if lines:
+        raise ConfigError("; ".join(lines))
+    return settings
+
+
+def _explain(error: ErrorDetails) -> str:
+    """One line for one thing that pydantic found wrong: which key, which value, what is allowed."""
+    loc = error["loc"]
+    key = _dotted(loc)
+    origin = _variable(loc)
+    where = f"{key} (from {origin})" if origin else key
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+        inside = _dotted(loc[:-1])
+        hint = (
+            f"did you mean {_dotted((*loc[:-1], near[0]))}?"
+            if near
+            else f"{inside or 'the top level'} knows {', '.join(sorted(known))}"
+        )
+        return f"unknown key {where}: {hint}"
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{where} = {_shown(loc, error['input'])}: {message}"
+
+
+def _shown(loc: Sequence[int | str], value: object) -> str:
+    """Show the value as a person wrote it, unless it may be or hold a secret."""
+    if {"api_keys", "api_key_env"} & set(loc):
+        return "(hidden)"
+    text = repr(value)
+    if "api_keys" in text or ("://" in text and "@" in text):
+        return "(hidden)"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _dotted(loc: Sequence[int | str]) -> str:
+    """`("task", 0, "match", "model")` as a person would write it: `task[0].match.model`."""
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _variable(loc: Sequence[int | str]) -> str | None:
+    """Name the environment variable that set this key (or the section or list around it), if one did."""
+    names = {name.upper(): name for name in os.environ}
+    for depth in range(len(loc), 0, -1):
+        wanted = ENV_PREFIX + "__".join(str(part) for part in loc[:depth]).upper()
+        if wanted in names:
+            return names[wanted]
+    return None
+
+
+def _known_keys(loc: Sequence[int | str]) -> list[str]:
+    """Return the keys of the section at `loc`, which is valid."""
+    model: type[BaseModel] = Settings
+    for part in loc:
+        if isinstance(part, str):
+            model = _section(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """Find the model inside `X`, `X | None` or `list[X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in typing.get_args(annotation) if (found := _section(arg))), None)
+
+
+def _unknown_variables() -> list[str]:
+    """Name the variables that look like ours but name no section.
+
+    Unknown keys of a known section are found by the model.
+    """
+    lines = []
+    sections = list(Settings.model_fields)
+    for name in sorted(os.environ):
+        if not name.upper().startswith(ENV_PREFIX):
+            continue
+        first, nested, rest = name[len(ENV_PREFIX) :].lower().partition("__")
+        near = difflib.get_close_matches(first, sections, n=1, cutoff=0.5 if nested else 0.8)
+        if first not in sections and (nested or near):
+            hint = (
+                f"did you mean {ENV_PREFIX}{near[0].upper()}{nested}{rest.upper()}?"
+                if near
+                else (f"the sections are {', '.join(sections)}")
+            )
+            lines.append(f"unknown environment variable {name}: {hint}")
+    return lines
+
+
+def _undecodable_variables() -> list[str]:
+    """Name the variables of ours that set a list or a whole section and aren't JSON."""
+    lines = []
+    for name, value in sorted(os.environ.items()):
+        path = name[len(ENV_PREFIX) :].lower().split("__")
+        if not name.upper().startswith(ENV_PREFIX) or not value or not _holds_json(path):
+            continue
+        try:
+            json.loads(value)
+        except ValueError:
+            lines.append(f'the environment variable {name} should be JSON, such as ["one", "two"] for a list')
+    return lines or [f"an environment variable that begins with {ENV_PREFIX} should be JSON and isn't"]
+
+
+def _holds_json(path: Sequence[str]) -> bool:
+    """Say whether the key at `path` is a section, a list or a table, which a variable gives as JSON."""
+    model: type[BaseModel] | None = Settings
+    for part in path[:-1]:
+        field = model.model_fields.get(part) if model else None
+        model = _section(field.annotation) if field else None
+    last = model.model_fields.get(path[-1]) if model else None
+    if last is None:
+        return False
+    kinds = {last.annotation, typing.get_origin(last.annotation)}
+    return bool(kinds & {list, dict}) or _section(last.annotation) is not None

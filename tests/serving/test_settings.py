@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from serving.errors import ConfigError
+from serving.settings import load_settings
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "understudy.toml"
+    path.write_text(text)
+    return path
+
+
+def complaint(folder: Path, text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(written(folder, text))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_without_a_file_everything_has_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings()
+    assert settings.server.port == 8080
+    assert settings.task == []
+
+
+def test_the_file_in_the_working_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "[server]\nport = 9999\n")
+    assert load_settings().server.port == 9999
+
+
+def test_a_file_that_was_asked_for_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no configuration file .*missing\.toml"):
+        load_settings(tmp_path / "missing.toml")
+
+
+def test_a_folder_or_foreign_bytes_are_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_settings(tmp_path)
+    (tmp_path / "understudy.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="isn't UTF-8"):
+        load_settings(tmp_path / "understudy.toml")
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNDERSTUDY_SERVER__PORT", "7777")
+    monkeypatch.setenv("UNDERSTUDY_SERVER__API_KEYS", '["one", "two"]')
+    monkeypatch.setenv("UNDERSTUDY_STATE_DIR", "/var/lib/understudy")
+    settings = load_settings(written(tmp_path, "[server]\nport = 9999\nworkers = 3\n"))
+    assert settings.server.port == 7777
+    assert settings.server.workers == 3
+    assert [key.get_secret_value() for key in settings.server.api_keys] == ["one", "two"]
+    assert settings.state_dir == Path("/var/lib/understudy")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[server]\nprot = 1\n", "unknown key server.prot: did you mean server.port?"),
+        ("[sever]\nport = 1\n", "unknown key sever: did you mean server?"),
+        ("[[tasks]]\nname = 'a'\n", "unknown key tasks: did you mean task?"),
+        ("[teacher.price]\ninput = 1\noutput = 2\noutptu = 3\n", "did you mean teacher.price.output?"),
+        (
+            "[[task]]\nname = 'a'\n[[task]]\nname = 'b'\nmatch = {modle = 'x'}\n",
+            "unknown key task[1].match.modle: did you mean task[1].match.model?",
+        ),
+        ("[log]\nzzzzzz = 1\n", "unknown key log.zzzzzz: log knows durability, segment_bytes"),
+    ],
+)
+def test_an_unknown_key_is_named_in_full_with_the_nearest_right_one(
+    tmp_path: Path, text: str, expected: str
+) -> None:
+    assert expected in complaint(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value", "allowed"),
+    [
+        ("[server]\nport = 99999\n", "server.port", "99999", "less than or equal to 65535"),
+        ("[server]\nworkers = 'many'\n", "server.workers", "'many'", "valid integer"),
+        ("[log]\ndurability = 'sometimes'\n", "log.durability", "'sometimes'", "'fsync' or 'relaxed'"),
+        ("[teacher]\nbase_url = 'api.example'\n", "teacher.base_url", "'api.example'", "https?://"),
+        ("[task_defaults]\nmax_disagreement = 0\n", "task_defaults.max_disagreement", "0", "greater than 0"),
+        ("[[task]]\nname = 'Big Task'\n", "task[0].name", "'Big Task'", "pattern"),
+        ("[[task]]\nname = 'other'\n", "task[0].name", "'other'", "choose another"),
+        (
+            "[[task]]\nname = 'a'\nmatch = {system = '('}\n",
+            "task[0].match.system",
+            "'('",
+            "regular expression",
+        ),
+        ("[[task]]\nname = 'a'\n[[task]]\nname = 'a'\n", "task", "'a'", "a is there more than once"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(
+    tmp_path: Path, text: str, key: str, value: str, allowed: str
+) -> None:
+    message = complaint(tmp_path, text)
+    assert message.startswith(f"{key} = ")
+    assert value in message
+    assert allowed in message
+
+
+def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
+    message = complaint(tmp_path, "[server]\nprot = 1\nport = -1\n")
+    assert "server.prot" in message
+    assert "server.port = -1" in message
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    assert complaint(tmp_path, "[[task]]\nmatch = {model = 'x'}\n") == "task[0].name is missing"
+
+
+def test_a_syntax_error_says_the_line(tmp_path: Path) -> None:
+    message = complaint(tmp_path, "[server]\nport = 1\nworkers = \n")
+    assert "line 3" in message
+    assert "understudy.toml" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        (
+            "UNDERSTUDY_SERVER__PROT",
+            "1",
+            "server.prot (from UNDERSTUDY_SERVER__PROT): did you mean server.port?",
+        ),
+        ("UNDERSTUDY_SERVER__PORT", "x", "server.port (from UNDERSTUDY_SERVER__PORT) = 'x'"),
+        ("UNDERSTUDY_SEVER__PORT", "1", "unknown environment variable UNDERSTUDY_SEVER__PORT"),
+        ("UNDERSTUDY_STATEDIR", "x", "did you mean UNDERSTUDY_STATE_DIR?"),
+        ("UNDERSTUDY_SERVER__API_KEYS", "plain", "UNDERSTUDY_SERVER__API_KEYS should be JSON"),
+        (
+            "UNDERSTUDY_TASK_DEFAULTS__ALWAYS_ESCALATE",
+            "[a",
+            "UNDERSTUDY_TASK_DEFAULTS__ALWAYS_ESCALATE should be",
+        ),
+    ],
+)
+def test_a_bad_variable_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert expected in complaint(tmp_path, "")
+
+
+def test_variables_of_other_purposes_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNDERSTUDY_REQUIRE", "redis")
+    assert load_settings(written(tmp_path, "")).server.workers == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[server]\napi_keys = 'sk-very-secret'\n",
+        "[server]\napi_keys = ['sk-very-secret', 3]\nport = 'x'\n",
+        "[teacher]\napi_key_env = 'sk-very-secret'\n",
+        "[teacher]\napi_key = 'sk-very-secret'\n",
+        "[teacher]\nbase_url = 'ftp://user:sk-very-secret@host'\n",
+        "server = [{api_keys = ['sk-very-secret']}]\n",
+    ],
+)
+def test_no_secret_is_repeated(tmp_path: Path, text: str) -> None:
+    assert "sk-very-secret" not in complaint(tmp_path, text)
+
+
+def test_a_task_takes_what_it_leaves_out_from_the_defaults(tmp_path: Path) -> None:
+    settings = load_settings(
+        written(
+            tmp_path,
+            "[task_defaults]\nmax_disagreement = 0.2\ncertainty = 0.8\n"
+            "[[task]]\nname = 'a'\ncertainty = 0.95\n",
+        )
+    )
+    assert settings.for_task("a").max_disagreement == 0.2
+    assert settings.for_task("a").certainty == 0.95
+    assert settings.for_task("discovered").certainty == 0.8
+
+
+def test_the_teachers_key_comes_from_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings(written(tmp_path, "[teacher]\napi_key_env = 'MY_KEY'\n"))
+    monkeypatch.delenv("MY_KEY", raising=False)
+    assert settings.teacher_key() is None
+    monkeypatch.setenv("MY_KEY", "sk-1\n")
+    key = settings.teacher_key()
+    assert key is not None
+    assert key.get_secret_value() == "sk-1"
+    assert "sk-1" not in repr(key)
