@@ -413,9 +413,15 @@ def serve_stand_in(app: StandIn, *, host: str, port: int, announce: Callable[[st
         timeout_graceful_shutdown=3,
         timeout_keep_alive=75,  # longer than clients keep theirs, so that none meets a closing one
     )
-    # uvicorn passes the signal that stopped it on to the handler it found; being stopped is no failure.
+    server = uvicorn.Server(config)
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    # For a signal that comes before uvicorn has its own handlers, and for when it has stopped and passes the
+    # signal on to the handler it found: being stopped is no failure.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, stop)
     shown = f"[{host}]" if family == socket.AF_INET6 else host
     announce(f"http://{shown}:{listener.getsockname()[1]}/v1")
-    uvicorn.Server(config).run(sockets=[listener])
+    server.run(sockets=[listener])
