@@ -1,0 +1,266 @@
+"""The teacher: the expensive model behind any OpenAI-compatible base URL.
+
+A failed attempt is repeated while the client has seen nothing of its answer: when there was no connection or
+it ended early, and for the statuses 408, 409, 429 and 5xx, with exponential backoff and full jitter
+(https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). Like OpenAI's own clients it
+follows `retry-after-ms`, `retry-after` and `x-should-retry`. A repeated chat completion may be billed twice,
+never answered twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import orjson
+from pydantic import SecretStr
+
+from serving.errors import ConfigError, UpstreamError, UpstreamRefused, UpstreamTimeout
+from serving.exchange import Json, TeacherAnswer
+from serving.pricing import PriceList
+from serving.retry import delay_before_retry
+from serving.settings import TeacherSettings
+from serving.teacher_stream import Chunk, StreamFailed, TeacherStream, completion_of
+from serving.upstream import Headers, NothingSent, Upstream, UpstreamResponse
+from serving.wire import forwardable_request, forwardable_response, upstream_path
+
+__all__ = ["Chunk", "StreamFailed", "Teacher", "TeacherReply", "TeacherStream"]
+
+_T = TypeVar("_T")
+
+_CHAT = "/chat/completions"
+_IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
+_CHAT_HEADERS = frozenset(
+    {"openai-organization", "openai-project", "openai-beta", "user-agent", "traceparent", "tracestate"}
+)
+"""What of the client's headers goes along with a chat completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherReply:
+    """A whole answer: `body` is the completion, `raw` its bytes as received, `headers` what may be passed on."""
+
+    answer: TeacherAnswer
+    body: Json
+    raw: bytes
+    headers: list[tuple[str, str]]
+
+
+class Teacher:
+    """Asks the teacher. Holds no state but the connections of `upstream`, which it doesn't close.
+
+    `key` is the gateway's own key for the teacher; without it the client's `authorization` is passed on.
+    Raises ConfigError for a key that can't stand in a header.
+    """
+
+    def __init__(
+        self, settings: TeacherSettings, upstream: Upstream, key: SecretStr | None, prices: PriceList
+    ) -> None:
+        self._settings = settings
+        self._upstream = upstream
+        self._prices = prices
+        self._authorization = None if key is None else SecretStr(f"Bearer {_checked(key)}")
+
+    async def complete(
+        self, request: Json, *, authorization: str | None, request_id: str, headers: Headers = ()
+    ) -> TeacherReply:
+        """Ask for a whole answer; `stream` and `stream_options` are left out of the request.
+
+        `authorization` is the client's header value, `headers` the client's headers (lower-case names), of
+        which an allow-list goes along. The deadline `timeout_s` spans all attempts.
+
+        Raises UpstreamRefused (the upstream's own status, headers and body), UpstreamTimeout or
+        UpstreamBroken.
+        """
+        began = time.perf_counter()
+        body = self._body(request, stream=False)
+        sent = self._chat_headers(authorization, request_id, headers)
+
+        async def attempt() -> tuple[bytes, Json, Headers]:
+            async with await self._upstream.request("POST", _CHAT, headers=sent, body=body) as response:
+                raw = await response.read()
+            if not 200 <= response.status < 300:
+                raise _refused(response, raw)
+            return raw, completion_of(raw, response.headers), response.headers
+
+        raw, completion, received = await self._until_answered(attempt)
+        answer = self._answer(
+            model=completion.get("model") or request["model"],
+            choices=completion["choices"],
+            usage=completion.get("usage"),
+            system_fingerprint=completion.get("system_fingerprint"),
+            service_tier=completion.get("service_tier"),
+            asked_model=self._settings.model or request["model"],
+            latency_s=time.perf_counter() - began,
+        )
+        return TeacherReply(answer, completion, raw, forwardable_response(received, whole=False))
+
+    @asynccontextmanager
+    async def stream(
+        self, request: Json, *, authorization: str | None, request_id: str, headers: Headers = ()
+    ) -> AsyncIterator[TeacherStream]:
+        """Ask for a stream; the context is entered when the first chunk is there, so that errors keep their status.
+
+        Usage is always asked for: a client that didn't must not be shown it (see `Chunk`). The deadline
+        `timeout_s` holds until the first chunk, then for every silence between chunks. Leaving the context
+        early closes the connection.
+
+        Raises as `complete` does, on entering and while iterating.
+        """
+        began = time.perf_counter()
+        body = self._body(request, stream=True)
+        sent = self._chat_headers(authorization, request_id, headers)
+
+        async def attempt() -> TeacherStream:
+            response = await self._upstream.request("POST", _CHAT, headers=sent, body=body)
+            try:
+                if not 200 <= response.status < 300:
+                    raise _refused(response, await response.read())
+                stream = TeacherStream(response, finish=finish)
+                await stream.begin()
+            except BaseException:
+                await response.aclose()
+                raise
+            return stream
+
+        def finish(stream: TeacherStream) -> TeacherAnswer:
+            whole = stream.assembler
+            return self._answer(
+                model=whole.model or request["model"],
+                choices=whole.choices,
+                usage=whole.usage,
+                system_fingerprint=whole.system_fingerprint,
+                service_tier=whole.service_tier,
+                asked_model=self._settings.model or request["model"],
+                latency_s=time.perf_counter() - began,
+            )
+
+        stream = await self._until_answered(attempt)
+        try:
+            yield stream
+        finally:
+            await stream.aclose()
+
+    async def forward(
+        self,
+        method: str,
+        target: str,
+        headers: Headers,
+        body: bytes | AsyncIterator[bytes],
+        *,
+        authorization: str | None,
+    ) -> UpstreamResponse:
+        """Pass on any other request under /v1 and hand back the answer, whatever its status.
+
+        `target` is path and query as the client sent them; what follows "/v1" is appended to the base URL.
+        Headers lose what belongs to one connection or to us, in both directions; bodies stay as they are.
+        Repeated only when nothing was sent and the method is idempotent.
+
+        Raises RequestError for a target outside /v1, UpstreamTimeout or UpstreamBroken.
+        """
+        path = upstream_path(target)
+        sent = [*forwardable_request(headers), *self._credentials(authorization)]
+        repeatable = method in _IDEMPOTENT and isinstance(body, bytes)
+
+        async def attempt() -> UpstreamResponse:
+            return await self._upstream.request(method, path, headers=sent, body=body)
+
+        response = await self._until_answered(attempt, only_unsent=True, retries=None if repeatable else 0)
+        response.headers = forwardable_response(response.headers, whole=True)
+        return response
+
+    async def _until_answered(
+        self, attempt: Callable[[], Awaitable[_T]], *, only_unsent: bool = False, retries: int | None = None
+    ) -> _T:
+        """Repeat `attempt` within the deadline until it gives something or an error not worth repeating."""
+        clock = asyncio.get_running_loop().time
+        allowed = self._settings.max_retries if retries is None else retries
+        deadline = clock() + self._settings.timeout_s
+        failed = 0
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await attempt()
+            except UpstreamTimeout:
+                raise
+            except UpstreamError as error:
+                if failed >= allowed or (only_unsent and not isinstance(error, NothingSent)):
+                    raise
+                delay = delay_before_retry(error, failed)
+                if delay is None or clock() + delay >= deadline:
+                    raise
+            except TimeoutError:
+                raise UpstreamTimeout(
+                    f"the teacher at {self._upstream.place} didn't answer within {self._settings.timeout_s:g} s"
+                ) from None
+            failed += 1
+            await asyncio.sleep(delay)
+
+    def _body(self, request: Json, *, stream: bool) -> bytes:
+        body = dict(request)
+        if self._settings.model is not None:
+            body["model"] = self._settings.model
+        if stream:
+            body["stream"] = True
+            body["stream_options"] = {**(request.get("stream_options") or {}), "include_usage": True}
+        elif body.get("stream"):
+            del body["stream"]
+            body.pop("stream_options", None)
+        return orjson.dumps(body)
+
+    def _credentials(self, authorization: str | None) -> list[tuple[str, str]]:
+        own = self._authorization
+        value = authorization if own is None else own.get_secret_value()
+        return [] if value is None else [("authorization", value)]
+
+    def _chat_headers(self, authorization: str | None, request_id: str, headers: Headers) -> Headers:
+        return [
+            ("content-type", "application/json"),
+            # Answers are read here, and a few kilobytes aren't worth unpacking.
+            ("accept-encoding", "identity"),
+            ("x-request-id", request_id),
+            *((name, value) for name, value in headers if name in _CHAT_HEADERS),
+            *self._credentials(authorization),
+        ]
+
+    def _answer(
+        self,
+        *,
+        model: str,
+        choices: list[Json],
+        usage: Json | None,
+        system_fingerprint: str | None,
+        service_tier: str | None,
+        asked_model: str,
+        latency_s: float,
+    ) -> TeacherAnswer:
+        cost, version = self._prices.cost(model, usage, service_tier=service_tier)
+        if cost is None and asked_model != model:
+            cost, version = self._prices.cost(asked_model, usage, service_tier=service_tier)
+        return TeacherAnswer(
+            model=model,
+            choices=choices,
+            usage=usage,
+            latency_s=latency_s,
+            system_fingerprint=system_fingerprint,
+            cost_usd=cost,
+            price_version=version,
+            trainable=self._settings.trainable,
+        )
+
+
+def _checked(key: SecretStr) -> str:
+    """Strip what a file or a shell left around the key. Raises ConfigError without showing it."""
+    value = key.get_secret_value().strip()
+    if not value or not value.isascii() or not value.isprintable():
+        raise ConfigError("the teacher's key is empty or has characters that can't be sent: set it again")
+    return value
+
+
+def _refused(response: UpstreamResponse, body: bytes) -> UpstreamRefused:
+    kept = forwardable_response(response.headers, whole=True)
+    return UpstreamRefused(response.status, {k: v for k, v in kept if k != "content-length"}, body)
