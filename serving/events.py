@@ -1,0 +1,296 @@
+"""Events: what the log holds, one checksummed JSON line each, and the exchange as the fold of them.
+
+    {"crc":"<crc32 of the event's bytes, 8 hex digits>","event":{…}}<newline>
+
+Kinds (the event's own field `event`):
+
+- `answered`: every field of an Exchange; what is known when the client has its answer.
+- `audited`: `id`, `teacher` (the answer fetched afterwards, or null: it is missing), `agreement`, `at`.
+- `superseded`: `id`, `by` (the id of the retry that replaces it), `at`.
+- `cancelled`: `id`, `teacher` (the answer that still came, or null), `at`; the client went away.
+
+Events of one exchange may be written by different processes, so they may be read in any order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from typing import Literal
+
+import orjson
+
+from serving.exchange import SCHEMA, Exchange, Json, StudentAnswer, TeacherAnswer
+
+_HEAD = b'{"crc":"'
+_MIDDLE = b'","event":'
+_TAIL = b"}\n"
+_CRC = slice(len(_HEAD), len(_HEAD) + 8)
+_BODY = slice(_CRC.stop + len(_MIDDLE), -len(_TAIL))
+
+Outcome = Literal["taken", "unknown", "damaged"]
+
+
+def answered(exchange: Exchange) -> Json:
+    """The event of an exchange whose client has its answer. Encode it before the exchange's dicts change."""
+    event: Json = {"event": "answered"}
+    for field in fields(exchange):
+        event[field.name] = getattr(exchange, field.name)
+    event["teacher"] = None if exchange.teacher is None else _plain(exchange.teacher)
+    event["student"] = None if exchange.student is None else _plain(exchange.student)
+    return event
+
+
+def audited(id: str, *, teacher: TeacherAnswer | None, agreement: bool | None, at: float) -> Json:
+    """The event of an audit's end: the teacher's answer, or None when it could not be had.
+
+    `at`: seconds since the epoch.
+    """
+    answer = None if teacher is None else _plain(teacher)
+    return {
+        "event": "audited",
+        "schema": SCHEMA,
+        "id": id,
+        "teacher": answer,
+        "agreement": agreement,
+        "at": at,
+    }
+
+
+def superseded(id: str, *, by: str, at: float) -> Json:
+    """The event of a retry, `by`, taking the place of exchange `id`. `at`: seconds since the epoch."""
+    return {"event": "superseded", "schema": SCHEMA, "id": id, "by": by, "at": at}
+
+
+def cancelled(id: str, *, teacher: TeacherAnswer | None, at: float) -> Json:
+    """The event of a client that went away; `teacher` is the answer that still came.
+
+    `at`: seconds since the epoch.
+    """
+    answer = None if teacher is None else _plain(teacher)
+    return {"event": "cancelled", "schema": SCHEMA, "id": id, "teacher": answer, "at": at}
+
+
+def encode(event: Json) -> bytes:
+    """One line of the log, newline included. Raises ValueError for what can't be written as JSON.
+
+    NaN and infinity are written as null; `fold` reads a null score or signal as NaN again.
+    """
+    try:
+        body = orjson.dumps(event)
+    except TypeError:
+        # orjson stops at 254 levels; a request that was just shallow enough to serve is a few levels deeper
+        # in here.
+        try:
+            body = json.dumps(event, separators=(",", ":"), allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"event {event.get('id')!r} can't be written as JSON: {error}") from error
+    return b"".join((_HEAD, b"%08x" % zlib.crc32(body), _MIDDLE, body, _TAIL))
+
+
+def decode(line: bytes) -> Json | None:
+    """The event on one line (newline included), or None for a line that is torn, foreign or damaged.
+
+    Never raises.
+    """
+    if not (line.startswith(_HEAD) and line.endswith(_TAIL) and line[_CRC.stop : _BODY.start] == _MIDDLE):
+        return None
+    body = line[_BODY]
+    if line[_CRC] != b"%08x" % zlib.crc32(body):
+        return None
+    try:
+        event = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def fold(events: Iterable[Json]) -> dict[str, Exchange]:
+    """Exchanges by id. Events that don't fit are left out; use `Fold` to know how many."""
+    folded = Fold()
+    for event in events:
+        folded.add(event)
+    return folded.exchanges()
+
+
+class Fold:
+    """Takes events in any order and gives the exchanges they make.
+
+    The same event twice changes nothing. Of two `answered` events with one id the first one read wins; of two
+    audits the one that has an answer, then the first. Events of an exchange that was never `answered` wait
+    in vain.
+    """
+
+    def __init__(self) -> None:
+        self._answered: dict[str, Exchange] = {}
+        self._audited: dict[str, _Late] = {}
+        self._superseded: dict[str, str] = {}
+        self._cancelled: dict[str, TeacherAnswer | None] = {}
+
+    def add(self, event: Json) -> Outcome:
+        """Take one event.
+
+        `damaged`: a field is missing or of the wrong type. `unknown`: a kind or schema of another version.
+        Both leave the fold as it was.
+        """
+        if event.get("schema", SCHEMA) != SCHEMA:
+            return "unknown"
+        try:
+            match event.get("event"):
+                case "answered":
+                    exchange = _exchange(event)
+                    self._answered.setdefault(exchange.id, exchange)
+                case "audited":
+                    _check(event, _LATE_TYPES)
+                    self._add_audit(event["id"], _teacher(event["teacher"]), event.get("agreement"))
+                case "superseded":
+                    _check(event, _LATE_TYPES)
+                    self._superseded.setdefault(event["id"], event["by"])
+                case "cancelled":
+                    _check(event, _LATE_TYPES)
+                    teacher = _teacher(event.get("teacher"))
+                    self._cancelled[event["id"]] = self._cancelled.get(event["id"]) or teacher
+                case _:
+                    return "unknown"
+        except (KeyError, TypeError, ValueError):
+            return "damaged"
+        return "taken"
+
+    def exchanges(self) -> dict[str, Exchange]:
+        """The exchanges so far, by id."""
+        return {id: self._exchange(exchange) for id, exchange in self._answered.items()}
+
+    def _add_audit(self, id: str, teacher: TeacherAnswer | None, agreement: bool | None) -> None:
+        known = self._audited.get(id)
+        if known is None or (known[0] is None and teacher is not None):
+            self._audited[id] = (teacher, agreement)
+
+    def _exchange(self, exchange: Exchange) -> Exchange:
+        id = exchange.id
+        if id in self._audited:
+            teacher, agreement = self._audited[id]
+            exchange = replace(
+                exchange,
+                teacher=exchange.teacher or teacher,
+                agreement=exchange.agreement if agreement is None else agreement,
+                audit="missing" if teacher is None else "answered",
+            )
+        if id in self._superseded:
+            exchange = replace(exchange, superseded_by=self._superseded[id])
+        if id in self._cancelled:
+            exchange = replace(exchange, cancelled=True, teacher=exchange.teacher or self._cancelled[id])
+        return exchange
+
+
+_Late = tuple[TeacherAnswer | None, bool | None]
+_Types = Mapping[str, tuple[type, ...]]
+
+_NONE = type(None)
+_NUMBER = (int, float)
+_EXCHANGE_TYPES: _Types = {
+    "id": (str,),
+    "request_id": (str,),
+    "created": _NUMBER,
+    "task": (str,),
+    "tenant": (str,),
+    "request": (dict,),
+    "route": (str,),
+    "reason": (str,),
+    "release": (str, _NONE),
+    "teacher": (dict, _NONE),
+    "student": (dict, _NONE),
+    "confidence": (*_NUMBER, _NONE),
+    "threshold": (*_NUMBER, _NONE),
+    "eligible": (bool,),
+    "coin": (bool,),
+    "audit_rate": _NUMBER,
+    "audit": (str,),
+    "propensity": (*_NUMBER, _NONE),
+    "agreement": (bool, _NONE),
+    "superseded_by": (str, _NONE),
+    "cancelled": (bool,),
+    "cost_usd": (*_NUMBER, _NONE),
+    "schema": (int,),
+}
+_LATE_TYPES: _Types = {
+    "id": (str,),
+    "teacher": (dict, _NONE),
+    "agreement": (bool, _NONE),
+    "by": (str,),
+    "at": _NUMBER,
+}
+_TEACHER_TYPES: _Types = {
+    "model": (str,),
+    "choices": (list,),
+    "usage": (dict, _NONE),
+    "latency_s": _NUMBER,
+    "system_fingerprint": (str, _NONE),
+    "cost_usd": (*_NUMBER, _NONE),
+    "price_version": (str, _NONE),
+    "trainable": (bool,),
+}
+_STUDENT_TYPES: _Types = {
+    "model": (str,),
+    "choices": (list,),
+    "usage": (dict, _NONE),
+    "latency_s": _NUMBER,
+    "score": (*_NUMBER, _NONE),
+    "cost_usd": (*_NUMBER, _NONE),
+    "signals": (dict,),
+}
+_ROUTES = ("cache", "student", "teacher")
+_AUDITS = ("none", "pending", "answered", "missing")
+
+
+def _plain(answer: TeacherAnswer | StudentAnswer) -> Json:
+    return {field.name: getattr(answer, field.name) for field in fields(answer)}
+
+
+def _check(data: Json, types: _Types) -> None:
+    """Compares types exactly: a bool is no number. Missing fields are the constructors' affair."""
+    for name, value in data.items():
+        if name in types and type(value) not in types[name]:
+            raise TypeError(f"{name} is {type(value).__name__}")
+
+
+def _check_choices(choices: list[object]) -> None:
+    if not all(isinstance(choice, dict) for choice in choices):
+        raise TypeError("a choice isn't an object")
+
+
+def _exchange(event: Json) -> Exchange:
+    _check(event, _EXCHANGE_TYPES)
+    if event["route"] not in _ROUTES or event.get("audit", "none") not in _AUDITS:
+        raise ValueError("route or audit")
+    if event.get("teacher") is not None:
+        _check(event["teacher"], _TEACHER_TYPES)
+        _check_choices(event["teacher"]["choices"])
+    if event.get("student") is not None:
+        event = {**event, "student": _student(event["student"])}
+    return Exchange.from_json(event)
+
+
+def _student(data: Json) -> Json:
+    _check(data, _STUDENT_TYPES)
+    _check_choices(data["choices"])
+    signals = data.get("signals", {})
+    if any(type(value) not in (int, float, _NONE) for value in signals.values()):
+        raise TypeError("a signal isn't a number")
+    return {
+        **data,
+        "score": math.nan if data["score"] is None else data["score"],
+        "signals": {name: math.nan if value is None else value for name, value in signals.items()},
+    }
+
+
+def _teacher(data: Json | None) -> TeacherAnswer | None:
+    if data is None:
+        return None
+    _check(data, _TEACHER_TYPES)
+    _check_choices(data["choices"])
+    return TeacherAnswer(
+        **{field.name: data[field.name] for field in fields(TeacherAnswer) if field.name in data}
+    )

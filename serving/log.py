@@ -1,0 +1,207 @@
+"""The event log: appending that survives `kill -9` and a loss of power, and reading that survives damage."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from serving.disk import Disk
+from serving.errors import UnknownTask
+from serving.events import Fold, decode, encode
+from serving.exchange import Exchange, Json
+from serving.layout import task_directory, task_names
+from serving.segments import OPEN_SUFFIX, SegmentWriter, events_directory, seal_abandoned
+from serving.settings import LogSettings
+
+__all__ = ["EventLog", "LogReader", "ReadResult", "seal_abandoned"]
+
+_NUMBERS = re.compile(r"\d+")
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The lines of one task that wait for the same fsync."""
+
+    lines: list[bytes] = field(default_factory=list)
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    error: OSError | None = None
+
+
+class EventLog:
+    """Appends events; one per process, used from one event loop.
+
+    Group commit: while one batch is being synced in a thread, the next one gathers, so that the number of
+    fsyncs follows the disk and not the traffic. Many tasks may be written; a bounded number of files is open.
+    """
+
+    def __init__(self, state_dir: Path, settings: LogSettings, *, disk: Disk | None = None) -> None:
+        self._state_dir = state_dir
+        self._segments = SegmentWriter(
+            state_dir,
+            segment_bytes=settings.segment_bytes,
+            durable=settings.durability == "fsync",
+            disk=disk or Disk(),
+        )
+        # One thread: the writer belongs to it, and two fsyncs at once would only slow each other down.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="event-log")
+        self._gathering: dict[str, _Batch] = {}
+        self._flusher: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def append(self, task: str, event: Json) -> None:
+        """Return when the event is durable: synced, or with "relaxed" durability written.
+
+        Raises OSError when it isn't (disk full, read-only, no JSON, no name of a task, log closed): then the
+        event is not in the log, and the next append tries afresh. A cancelled append may still be written.
+        """
+        if self._closed:
+            raise OSError(errno.EBADF, "the event log is closed")
+        try:
+            task_directory(self._state_dir, task)
+            line = encode(event)
+        except (UnknownTask, ValueError) as error:
+            raise OSError(errno.EINVAL, str(error)) from error
+        batch = self._gathering.get(task)
+        if batch is None:
+            batch = self._gathering[task] = _Batch()
+        batch.lines.append(line)
+        if self._flusher is None:
+            self._flusher = asyncio.create_task(self._flush(), name="event-log flush")
+        await batch.done.wait()
+        if batch.error is not None:
+            # One error object can't be raised by many: each raise adds to its traceback.
+            raise OSError(batch.error.errno, batch.error.strerror or str(batch.error)) from batch.error
+
+    async def aclose(self) -> None:
+        """Write what was appended, seal the segments, stop the thread. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._flusher is not None:
+            await asyncio.wait([self._flusher])
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._segments.close)
+        self._thread.shutdown()
+
+    async def _flush(self) -> None:
+        loop = asyncio.get_running_loop()
+        batch: _Batch | None = None
+        try:
+            while self._gathering:
+                task = next(iter(self._gathering))  # the one that has waited longest
+                batch = self._gathering.pop(task)
+                try:
+                    await loop.run_in_executor(
+                        self._thread, self._segments.append, task, b"".join(batch.lines)
+                    )
+                except OSError as error:
+                    batch.error = error
+                batch.done.set()
+        except BaseException as error:
+            # Cancelled with the loop, or a bug: nobody may wait forever for an fsync that won't come.
+            for waiting in (batch, *self._gathering.values()):
+                if waiting is not None and not waiting.done.is_set():
+                    waiting.error = OSError(errno.ECANCELED, f"the event log stopped: {error!r}")
+                    waiting.done.set()
+            self._gathering.clear()
+            raise
+        finally:
+            self._flusher = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadResult:
+    """What a task's log holds.
+
+    `exchanges` are ordered by (created, id). `damaged` counts lines that were skipped (torn, foreign, wrong
+    checksum, wrong types) and files that couldn't be read; `unknown` counts intact events of another
+    version; `segments` the files.
+    """
+
+    exchanges: list[Exchange]
+    damaged: int
+    segments: int
+    unknown: int = 0
+
+
+class LogReader:
+    """Reads the log while others write it. Damage is counted, never raised."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
+
+    def tasks(self) -> list[str]:
+        """The tasks that have a log, sorted."""
+        return [
+            task for task in task_names(self._state_dir) if events_directory(self._state_dir, task).is_dir()
+        ]
+
+    def exchanges(self, task: str) -> ReadResult:
+        """The exchanges of a task; none for a task without a log.
+
+        Raises UnknownTask for what can't be a task's name.
+        """
+        fold = Fold()
+        damaged = unknown = segments = 0
+        for path in self._paths(task):
+            segments += 1
+            try:
+                for line in _lines(path):
+                    event = decode(line)
+                    outcome = "damaged" if event is None else fold.add(event)
+                    damaged += outcome == "damaged"
+                    unknown += outcome == "unknown"
+            except FileNotFoundError:
+                segments -= 1  # removed while we read
+            except OSError:
+                damaged += 1
+        exchanges = sorted(fold.exchanges().values(), key=lambda exchange: (exchange.created, exchange.id))
+        return ReadResult(exchanges, damaged, segments, unknown)
+
+    def newest(self, task: str) -> int:
+        """Bytes of a task's log on disk: grows with every event, a cheap way to see whether there is news."""
+        size = 0
+        for path in self._paths(task):
+            for name in (path, path.with_name(path.name + OPEN_SUFFIX)):
+                try:
+                    size += name.stat().st_size
+                    break
+                except OSError:
+                    continue
+        return size
+
+    def _paths(self, task: str) -> list[Path]:
+        """The segments by their sealed names, in the order they were opened.
+
+        They may still be open, or gone.
+        """
+        directory = events_directory(self._state_dir, task)
+        names: set[str] = set()
+        # A file that is renamed while a directory is listed may be missed under both names. It is renamed
+        # once in its life, so it can't be missed twice.
+        for _ in range(2):
+            try:
+                names.update(path.name.removesuffix(OPEN_SUFFIX) for path in directory.iterdir())
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        return [directory / name for name in sorted(names, key=_order) if name.endswith(".jsonl")]
+
+
+def _order(name: str) -> tuple[list[int], str]:
+    return [int(number) for number in _NUMBERS.findall(name)[-2:]], name
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a segment under whichever name it has: it may be sealed between the two looks."""
+    for name in (path, path.with_name(path.name + OPEN_SUFFIX), path):
+        try:
+            with name.open("rb") as file:
+                yield from file
+            return
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(path)

@@ -1,0 +1,282 @@
+"""Releases on disk: complete or not there at all, checked whenever they are read, and the one that is live.
+
+- `state/tasks/<task>/releases/r0001/card.json`: what the release is, with checksums of its files and itself
+- `state/tasks/<task>/releases/r0001/…`: its files
+- `state/tasks/<task>/live`: {"release", "generation", "previous"}; replaced atomically
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from serving.disk import Disk
+from serving.errors import DamagedRelease, UnknownRelease
+from serving.exchange import Json
+from serving.layout import task_directory
+
+_CARD = "card.json"
+_RELEASE = re.compile(r"r([0-9]{4,})")
+_FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)*[A-Za-z0-9_][A-Za-z0-9._-]*")
+_TEMPORARY = ".writing-"
+_MAX_PREVIOUS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """One release, read whole and found intact. `files` doesn't contain the card."""
+
+    task: str
+    name: str
+    card: Json
+    files: dict[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """Which release answers; None: withdrawn, everything goes to the teacher.
+
+    `generation` grows with every change and is never used twice for a task. `previous` are the releases that
+    were live before and were followed by another one, newest first, at most 20: the way back for `rollback`.
+    """
+
+    release: str | None
+    generation: int
+    previous: list[str]
+
+
+class ReleaseStore:
+    """All releases under one state directory. Safe to use from several processes at once.
+
+    Every method takes the task's name and raises UnknownTask for what can't be one, and OSError as the disk
+    does.
+    """
+
+    def __init__(self, state_dir: Path, *, disk: Disk | None = None) -> None:
+        self._state_dir = state_dir
+        self._disk = disk or Disk()
+
+    def write(self, task: str, files: Mapping[str, bytes], card: Json) -> str:
+        """Store a release; gives its name (`r0001`, `r0002`, …). It isn't live by that.
+
+        The card gets `task`, `release`, `files` (name → SHA-256) and `checksum` (its own). File names may
+        contain `/`; one that could leave the directory, and `card.json`, raise ValueError.
+        """
+        for name in files:
+            if name == _CARD or not _FILE.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} can't be a file of a release: use letters, digits, '.', '_', '-' and '/'"
+                )
+        releases = self._releases(task)
+        self._disk.make_directory(releases)
+        with _locked(releases / ".lock"):
+            for leftover in releases.glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(leftover)  # its writer died: whoever writes holds the lock
+            release = self._next_name(task)
+            card = {
+                **card,
+                "task": task,
+                "release": release,
+                "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+            }
+            card["checksum"] = _checksum(card)
+            temporary = releases / f"{_TEMPORARY}{release}"
+            temporary.mkdir()
+            for name, data in files.items():
+                self._disk.make_directory((temporary / name).parent)
+                self._disk.write_file(temporary / name, data)
+                self._disk.sync_directory((temporary / name).parent)
+            self._disk.write_file(temporary / _CARD, orjson.dumps(card, option=orjson.OPT_INDENT_2))
+            self._disk.sync_directory(temporary)
+            self._disk.rename(temporary, releases / release)
+            self._disk.sync_directory(releases)
+        return release
+
+    def read(self, task: str, release: str) -> Release:
+        """Read a release and verify every byte of it. Raises UnknownRelease or DamagedRelease."""
+        directory = self._directory(task, release)
+        card = self._card(task, release)
+        files: dict[str, bytes] = {}
+        for name, checksum in card["files"].items():
+            try:
+                data = (directory / name).read_bytes()
+            except OSError as error:
+                raise self._damaged(task, release, f"{name} can't be read ({error.strerror})") from error
+            if hashlib.sha256(data).hexdigest() != checksum:
+                raise self._damaged(task, release, f"{name} doesn't match its checksum")
+            files[name] = data
+        return Release(task, release, card, files)
+
+    def list(self, task: str) -> list[Json]:
+        """The cards of the task's releases, oldest first.
+
+        Releases whose card is damaged or missing are left out.
+        """
+        cards: list[Json] = []
+        for release in self._names(task):
+            try:
+                cards.append(self._card(task, release))
+            except (DamagedRelease, UnknownRelease):
+                continue
+        return cards
+
+    def live(self, task: str) -> Live | None:
+        """What is live, or None if nothing ever was.
+
+        Reads one small file. Raises DamagedRelease if that is damaged.
+        """
+        path = self._live(task)
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        live = _parse_live(data)
+        if live is None:
+            raise DamagedRelease(
+                f"{path} says {data[:60]!r}, which names no release; write it anew with: "
+                f"understudy promote {task} <release>"
+            )
+        return live
+
+    def set_live(self, task: str, release: str | None) -> Live:
+        """Make a release live; None withdraws, and the task's requests go to the teacher.
+
+        The release is read first: an unknown or damaged one raises UnknownRelease or DamagedRelease and
+        changes nothing.
+        """
+        if release is not None:
+            self.read(task, release)
+        with self._changing(task) as now:
+            previous = list(now.previous)
+            # A withdrawn release isn't a way back: rollback must not return to what was just taken away.
+            if release is not None and now.release not in (None, release):
+                previous = [now.release or "", *previous]
+            return self._replace(task, Live(release, now.generation + 1, previous[:_MAX_PREVIOUS]))
+
+    def rollback(self, task: str) -> Live:
+        """Go back to the release that was live before and is still intact; if there is none, withdraw."""
+        self.live(task)  # a damaged file is an error here, not something to roll back from
+        with self._changing(task) as now:
+            for position, release in enumerate(now.previous):
+                try:
+                    self.read(task, release)
+                except (UnknownRelease, DamagedRelease):
+                    continue
+                return self._replace(task, Live(release, now.generation + 1, now.previous[position + 1 :]))
+            return self._replace(task, Live(None, now.generation + 1, []))
+
+    @contextmanager
+    def _changing(self, task: str) -> Iterator[Live]:
+        """What is live now, while nobody else can change it."""
+        self._disk.make_directory(task_directory(self._state_dir, task))
+        with _locked(task_directory(self._state_dir, task) / ".live.lock"):
+            try:
+                now = self.live(task)
+            except DamagedRelease:
+                # The generation is lost with the file. Seconds since 1970 are more than any count of
+                # promotions.
+                now = Live(None, int(time.time()), [])
+            yield now or Live(None, 0, [])
+
+    def _replace(self, task: str, live: Live) -> Live:
+        path = self._live(task)
+        temporary = path.with_name(".live.writing")
+        temporary.unlink(missing_ok=True)
+        content = {"release": live.release, "generation": live.generation, "previous": live.previous}
+        self._disk.write_file(temporary, orjson.dumps(content) + b"\n")
+        self._disk.rename(temporary, path)
+        self._disk.sync_directory(path.parent)
+        return live
+
+    def _card(self, task: str, release: str) -> Json:
+        try:
+            card = orjson.loads((self._directory(task, release) / _CARD).read_bytes())
+        except OSError as error:
+            raise self._damaged(task, release, f"{_CARD} can't be read ({error.strerror})") from error
+        except orjson.JSONDecodeError as error:
+            raise self._damaged(task, release, f"{_CARD} is no JSON") from error
+        if not isinstance(card, dict) or card.get("checksum") != _checksum(card):
+            raise self._damaged(task, release, f"{_CARD} doesn't match its own checksum")
+        if (card["task"], card["release"]) != (task, release):
+            raise self._damaged(task, release, f"{_CARD} is that of {card['task']}/{card['release']}")
+        return card
+
+    def _damaged(self, task: str, release: str, what: str) -> DamagedRelease:
+        return DamagedRelease(
+            f"release {release} of task {task} is damaged: {what} in {self._releases(task) / release}. "
+            f"Put the directory back from a backup, or go back with: understudy rollback {task}"
+        )
+
+    def _next_name(self, task: str) -> str:
+        taken = self._names(task)
+        try:
+            live = self.live(task)
+        except DamagedRelease:
+            live = None
+        if (
+            live is not None
+        ):  # names of releases that were deleted aren't given again while `live` remembers them
+            taken += (*live.previous, live.release or "r0000")
+        return f"r{max((int(name[1:]) for name in taken), default=0) + 1:04}"
+
+    def _names(self, task: str) -> tuple[str, ...]:
+        """Every release that has a directory, by number."""
+        try:
+            names = [
+                p.name for p in self._releases(task).iterdir() if _RELEASE.fullmatch(p.name) and p.is_dir()
+            ]
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+        return tuple(sorted(names, key=lambda name: int(name[1:])))
+
+    def _directory(self, task: str, release: str) -> Path:
+        directory = self._releases(task) / release
+        if not _RELEASE.fullmatch(release) or not directory.is_dir():
+            known = ", ".join(self._names(task)) or "none yet"
+            raise UnknownRelease(f"task {task} has no release {release!r}; it has: {known}")
+        return directory
+
+    def _releases(self, task: str) -> Path:
+        return task_directory(self._state_dir, task) / "releases"
+
+    def _live(self, task: str) -> Path:
+        return task_directory(self._state_dir, task) / "live"
+
+
+def _checksum(card: Json) -> str:
+    content = {name: value for name, value in card.items() if name != "checksum"}
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _parse_live(data: bytes) -> Live | None:
+    try:
+        content = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    match content:
+        case {"release": None | str() as release, "generation": int(generation), "previous": list(previous)}:
+            names = [*previous, *([] if release is None else [release])]
+            if all(isinstance(name, str) and _RELEASE.fullmatch(name) for name in names):
+                return Live(release, generation, previous)
+    return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock among all threads and processes; waits for it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
