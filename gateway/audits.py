@@ -1,0 +1,135 @@
+"""Audits: asking the teacher about answers the student gave, after the client has them (STATISTICS.md §2).
+
+Nothing is ever dropped: an audit that this process can't finish stays pending in the log, and the keeper of
+this or the next process takes it up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Sequence
+
+from gateway.auth import Caller
+from gateway.ledger import Ledger
+from gateway.live import LiveReleases
+from gateway.metrics import Metrics
+from gateway.tasks import Tasks
+from serving import events
+from serving.errors import UpstreamError, UpstreamRefused
+from serving.exchange import Exchange, TeacherAnswer
+from serving.teacher import Teacher
+
+log = logging.getLogger("understudy.audits")
+
+_CONCURRENCY = 8
+_MOST_WAITING = 1000
+_WORTH_REPEATING = frozenset({408, 409, 429})
+KEEPER_TENANT = Caller(tenant="keeper")
+
+
+class Audits:
+    """Runs audits in the background, a few at a time.
+
+    `delays` are the seconds between attempts (each attempt has the teacher's own deadline and retries).
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: Teacher,
+        ledger: Ledger,
+        live: LiveReleases,
+        tasks: Tasks,
+        metrics: Metrics,
+        client_keys: bool,
+        delays: Sequence[float] = (2.0, 10.0),
+    ) -> None:
+        self._teacher = teacher
+        self._ledger = ledger
+        self._live = live
+        self._tasks = tasks
+        self._metrics = metrics
+        self._client_keys = client_keys
+        self._delays = delays
+        self._slots = asyncio.Semaphore(_CONCURRENCY)
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, exchange: Exchange, caller: Caller) -> None:
+        """Audit one exchange in the background. With too many waiting it is left to the keeper."""
+        if exchange.id in self._running or len(self._running) >= _MOST_WAITING:
+            return
+        task = asyncio.get_running_loop().create_task(self._audit(exchange, caller.authorization))
+        self._running[exchange.id] = task
+        task.add_done_callback(lambda _: self._running.pop(exchange.id, None))
+
+    def take_up(self, leftovers: Iterable[Exchange]) -> int:
+        """Take up audits that other processes left pending; how many there were.
+
+        In client-key mode the key is gone with the process that had it: such audits are missing.
+        """
+        taken = 0
+        for exchange in leftovers:
+            if exchange.id in self._running:
+                continue
+            taken += 1
+            if self._client_keys:
+                self._finish(exchange, None)
+            else:
+                self.start(exchange, KEEPER_TENANT)
+        return taken
+
+    async def aclose(self, grace_s: float = 5.0) -> None:
+        """Give what is running a few seconds; the rest stays pending in the log."""
+        running = set(self._running.values())
+        if not running:
+            return
+        _, unfinished = await asyncio.wait(running, timeout=grace_s)
+        for task in unfinished:
+            task.cancel()
+        if unfinished:
+            await asyncio.wait(unfinished)
+            log.info("%d audits stay pending for the next start", len(unfinished))
+
+    async def _audit(self, exchange: Exchange, authorization: str | None) -> None:
+        async with self._slots:
+            try:
+                answer = await self._ask(exchange, authorization)
+            except Exception:
+                log.exception("audit of exchange %s failed", exchange.id)
+                answer = None
+        self._finish(exchange, answer)
+
+    async def _ask(self, exchange: Exchange, authorization: str | None) -> TeacherAnswer | None:
+        """Return the teacher's answer, or None when it can't be had."""
+        for delay in (*self._delays, None):
+            try:
+                reply = await self._teacher.complete(
+                    exchange.request, authorization=authorization, request_id=exchange.request_id
+                )
+            except UpstreamError as error:
+                self._metrics.record_upstream_error("teacher", error.kind)
+                if delay is None or not _may_pass(error):
+                    log.warning("audit of exchange %s: %s; it counts as missing", exchange.id, error)
+                    return None
+                await asyncio.sleep(delay)
+            else:
+                return reply.answer
+        return None
+
+    def _finish(self, exchange: Exchange, answer: TeacherAnswer | None) -> None:
+        agreed = None
+        if answer is not None and exchange.student is not None:
+            agreed = self._tasks.comparison(exchange.task).agree(exchange.student.choices, answer.choices)
+        self._ledger.later(
+            exchange.task, events.audited(exchange.id, teacher=answer, agreement=agreed, at=time.time())
+        )
+        self._metrics.record_audit(exchange.task, agreed, answer.cost_usd if answer else None)
+        release = self._live.get(exchange.task)
+        if release is not None and release.name == exchange.release:
+            release.accepted_audits += 1
+
+
+def _may_pass(error: UpstreamError) -> bool:
+    return not isinstance(error, UpstreamRefused) or error.status >= 500 or error.status in _WORTH_REPEATING

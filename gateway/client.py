@@ -1,0 +1,165 @@
+"""The client's end of one HTTP request: reading its body, answering, and noticing that it has gone away."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from starlette.types import Message, Receive, Scope, Send
+
+from gateway import names
+from gateway.envelope import Refusal
+from gateway.reply import JSON_TYPE, Reply
+from serving.errors import RequestError
+
+_SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class ClientGone(Exception):  # noqa: N818 - an event, not an error
+    """The client closed its connection before its request was whole."""
+
+
+class Client:
+    """One request over ASGI. `headers` have lower-case names; `request_id` is the client's or a new one."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.method: str = scope["method"]
+        self.target = _target(scope)
+        self.headers: list[tuple[str, str]] = [
+            (name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]
+        ]
+        self.request_id = request_id_of(self.header(names.REQUEST_ID_HEADER))
+        self.started = False
+        self.gone = False
+        self._receive = receive
+        self._send = send
+        self._body_read = asyncio.Event()
+        self._over = False
+
+    def header(self, name: str) -> str | None:
+        """Return the first value of a header, by its lower-case name."""
+        return next((value for key, value in self.headers if key == name), None)
+
+    def declared_bytes(self) -> int | None:
+        """Return the length the client announced for its body, if it did."""
+        declared = self.header("content-length")
+        return int(declared) if declared is not None and declared.isdecimal() else None
+
+    def has_body(self) -> bool:
+        """Say whether the request announces a body."""
+        return bool(self.declared_bytes()) or self.header("transfer-encoding") is not None
+
+    async def read(self, limit: int) -> bytes:
+        """Return the body. Raises RequestError (413) beyond `limit` bytes, ClientGone if it ends early."""
+        if (self.declared_bytes() or 0) > limit:
+            raise _too_large(limit)
+        size = 0
+        read: list[bytes] = []
+        async for piece in self.pieces():
+            size += len(piece)
+            if size > limit:
+                raise _too_large(limit)
+            read.append(piece)
+        return read[0] if len(read) == 1 else b"".join(read)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Give the body as it comes in. Raises ClientGone when it ends early."""
+        more = True
+        while more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.gone = True
+                raise ClientGone
+            more = message.get("more_body", False)
+            if not more:
+                self._body_read.set()
+            piece = message.get("body", b"")
+            if piece:
+                yield piece
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Cancel what is done inside once the client is gone, then leave quietly (`gone` says so)."""
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a client is watched from inside a task")
+
+        async def watch() -> None:
+            await self._body_read.wait()
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            if not self._over:
+                self.gone = True
+                task.cancel()
+
+        watcher = asyncio.create_task(watch())
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self.gone:
+                raise
+            task.uncancel()
+        finally:
+            watcher.cancel()
+
+    async def answer(self, reply: Reply) -> None:
+        """Send a reply whole, or frame by frame as its frames come."""
+        if reply.frames is None:
+            await self.whole(reply.status, reply.headers, reply.body or b"")
+            return
+        await self.start(reply.status, reply.headers)
+        async for frame in reply.frames:
+            await self.piece(frame)
+        await self.end()
+
+    async def refuse(self, refusal: Refusal, headers: Iterable[tuple[str, str]] = ()) -> None:
+        """Send an error."""
+        await self.whole(refusal.status, [JSON_TYPE, *refusal.headers, *headers], refusal.body)
+
+    async def whole(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
+        """Send a whole answer."""
+        await self.start(status, [*headers, ("content-length", str(len(body)))])
+        self._over = True
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def start(self, status: int, headers: Iterable[tuple[str, str]]) -> None:
+        """Send the head of an answer; the request's id is added."""
+        self.started = True
+        encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        encoded.append((names.REQUEST_ID_HEADER.encode(), self.request_id.encode()))
+        head: Message = {"type": "http.response.start", "status": status, "headers": encoded}
+        await self._send(head)
+
+    async def piece(self, data: bytes) -> None:
+        """Send a part of the body."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self) -> None:
+        """Send the end of the body."""
+        self._over = True
+        await self._send({"type": "http.response.body", "body": b""})
+
+
+def request_id_of(given: str | None) -> str:
+    """Return the client's own id if it may be repeated (printable ASCII, at most 128), else a new one."""
+    if given is not None and _SAFE_ID.fullmatch(given):
+        return given
+    return f"req_{secrets.token_hex(12)}"
+
+
+def _target(scope: Scope) -> str:
+    path: bytes = scope.get("raw_path") or scope["path"].encode()
+    query: bytes = scope.get("query_string", b"")
+    target = path.decode("latin-1")
+    return f"{target}?{query.decode('latin-1')}" if query else target
+
+
+def _too_large(limit: int) -> RequestError:
+    return RequestError(
+        f"the request body is larger than the {limit} bytes this gateway takes (server.max_body_bytes)",
+        status=413,
+        code="request_too_large",
+    )

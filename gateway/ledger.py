@@ -1,0 +1,130 @@
+"""What a request leaves behind: its events in the log, and what it cost in the metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from gateway.metrics import Metrics
+from gateway.turn import Turn
+from serving import events
+from serving.exchange import Json, StudentAnswer, TeacherAnswer
+from serving.log import EventLog
+from serving.pricing import PriceList
+
+log = logging.getLogger("understudy.log")
+
+_COMPLAIN_EVERY_S = 60.0
+
+
+class Ledger:
+    """Makes exchanges durable and counts their cost. A log that fails never fails a request."""
+
+    def __init__(
+        self,
+        event_log: EventLog,
+        metrics: Metrics,
+        prices: PriceList,
+        *,
+        student_usd_per_hour: float,
+        teacher_model: str | None,
+    ) -> None:
+        self._log = event_log
+        self._metrics = metrics
+        self._prices = prices
+        self._student_usd_per_s = student_usd_per_hour / 3600
+        self._teacher_model = teacher_model
+        self._complained_at = -_COMPLAIN_EVERY_S
+        self._background: set[asyncio.Task[bool]] = set()
+
+    def priced(self, answer: StudentAnswer, seconds: float) -> StudentAnswer:
+        """Return the student's answer with what its machine cost for so many seconds."""
+        return dataclasses.replace(answer, cost_usd=seconds * self._student_usd_per_s)
+
+    def settle(self, turn: Turn) -> None:
+        """Work out what the request cost: the answer given and, if it was rejected, the student's as well."""
+        student = turn.student.cost_usd if turn.student else None
+        if turn.route == "student":
+            turn.cost_usd = student
+        elif turn.teacher is not None and turn.teacher.cost_usd is not None:
+            turn.cost_usd = turn.teacher.cost_usd + (student or 0.0)
+
+    async def commit(self, turn: Turn) -> None:
+        """Return when the exchange is durable, or counted as lost. One that isn't storable leaves nothing."""
+        if not turn.storable:
+            return
+        if turn.supersedes is not None:
+            self.later(turn.task, events.superseded(turn.supersedes, by=turn.id, at=time.time()))
+        event = events.answered(turn.exchange())
+        # The client may go away while the line is written: what was answered is logged all the same.
+        turn.logged = await asyncio.shield(self._spawn(self.append(turn.task, event)))
+        if turn.logged:
+            self._metrics.record_logged(turn.task)
+
+    def cancelled(self, turn: Turn) -> None:
+        """Note that the client went away. The answer counts for nothing unless all of it had come."""
+        if turn.storable:
+            self.later(turn.task, events.cancelled(turn.id, teacher=turn.teacher, at=time.time()))
+
+    def later(self, task: str, event: Json) -> None:
+        """Append an event without waiting for it; `aclose` does."""
+        self._spawn(self.append(task, event))
+
+    async def append(self, task: str, event: Json) -> bool:
+        """Append an event; False (counted, and complained about once a minute) when the log can't take it."""
+        try:
+            await self._log.append(task, event)
+        except (OSError, ValueError) as error:
+            self._metrics.record_lost(task)
+            now = time.monotonic()
+            if now - self._complained_at >= _COMPLAIN_EVERY_S:
+                self._complained_at = now
+                log.error("task %s: an exchange is lost, the log can't take it: %s", task, error)
+            return False
+        return True
+
+    def close_books(self, turn: Turn, status: int) -> None:
+        """Count a request that is over, once."""
+        if turn.over:
+            return
+        turn.over = True
+        self._metrics.record_request(turn.task, turn.route, turn.reason, status, turn.elapsed_s())
+        if turn.decision is not None:
+            self._metrics.record_confidence(turn.task, turn.decision.confidence)
+        answer = self._given(turn)
+        if answer is None or status != 200:
+            return
+        self._metrics.record_tokens(turn.task, turn.route, answer.usage)
+        self._metrics.record_spending(turn.task, turn.route, turn.cost_usd, self._avoided(turn))
+
+    def would_have_cost(self, turn: Turn) -> float | None:
+        """Return what the teacher would have cost for the student's answer, in USD."""
+        if turn.student is None:
+            return None
+        usd, _ = self._prices.cost(self._teacher_model or turn.chat.model, turn.student.usage)
+        return usd
+
+    async def aclose(self) -> None:
+        """Wait for what is still being written."""
+        if self._background:
+            await asyncio.wait(self._background)
+
+    def _avoided(self, turn: Turn) -> float | None:
+        if turn.route != "student":
+            return None
+        usd = self.would_have_cost(turn)
+        return None if usd is None else usd - (turn.cost_usd or 0.0)
+
+    @staticmethod
+    def _given(turn: Turn) -> StudentAnswer | TeacherAnswer | None:
+        return turn.student if turn.route == "student" else turn.teacher
+
+    def _spawn(self, work: Coroutine[Any, Any, bool]) -> asyncio.Task[bool]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task

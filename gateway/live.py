@@ -1,0 +1,160 @@
+"""The releases that are live in this process: loaded off the request path and swapped in one assignment.
+
+`state/tasks/<task>/live` is the one truth; it is looked at every 200 ms (one stat a task). A release that
+can't be loaded changes nothing: the one before keeps answering, and the error is logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from routers.router import Router
+
+from gateway.metrics import Metrics
+from gateway.tasks import Tasks
+from serving.agreement import Comparison
+from serving.log import LogReader
+from serving.releases import ReleaseStore
+from serving.student import Student, load_student
+
+log = logging.getLogger("understudy.live")
+
+POLL_S = 0.2
+_RETIRE_AFTER_S = 30.0
+"""A student that was replaced may still be answering; after this long it is closed."""
+
+
+@dataclass(slots=True)
+class LiveRelease:
+    """One release that answers. Only `accepted_audits` ever changes."""
+
+    task: str
+    name: str
+    generation: int
+    student: Student
+    router: Router
+    comparison: Comparison
+    threshold: float | None
+    accepted_audits: int
+
+
+class LiveReleases:
+    """What is live, by task."""
+
+    def __init__(self, state_dir: Path, tasks: Tasks, metrics: Metrics) -> None:
+        self._tasks_dir = state_dir / "tasks"
+        self._store = ReleaseStore(state_dir)
+        self._reader = LogReader(state_dir)
+        self._tasks = tasks
+        self._metrics = metrics
+        self._live: dict[str, LiveRelease] = {}
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._retired: list[tuple[float, Student]] = []
+
+    def get(self, task: str) -> LiveRelease | None:
+        """Return what is live for a task. Costs a dictionary look-up."""
+        return self._live.get(task)
+
+    def names(self) -> dict[str, str]:
+        """Return the live release of every task that has one."""
+        return {task: live.name for task, live in sorted(self._live.items())}
+
+    async def run(self) -> None:
+        """Watch for changes until cancelled. Whatever goes wrong is logged and tried again."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                await self.refresh()
+            except Exception:
+                log.exception("looking for new releases failed; trying again")
+
+    async def refresh(self) -> None:
+        """Take in every change since the last look."""
+        for task, stamp in await asyncio.to_thread(self._changed):
+            try:
+                loaded = await asyncio.to_thread(self._load, task)
+            except Exception as error:
+                log.error("task %s: the release that is live can't be loaded: %s", task, error)
+            else:
+                self._swap(task, loaded)
+            # Damaged files don't heal by being read again: the next look is at the next change.
+            self._seen[task] = stamp
+        await self._close_retired()
+
+    async def aclose(self) -> None:
+        """Close every student."""
+        students = [live.student for live in self._live.values()] + [student for _, student in self._retired]
+        self._live, self._retired = {}, []
+        for student in students:
+            await student.aclose()
+
+    def _changed(self) -> list[tuple[str, tuple[int, int]]]:
+        """Return the tasks whose `live` file isn't the one last seen, with what tells it apart."""
+        try:
+            folders = [entry for entry in self._tasks_dir.iterdir() if entry.is_dir()]
+        except FileNotFoundError:
+            return []
+        changed = []
+        for folder in folders:
+            try:
+                found = (folder / "live").stat()
+            except FileNotFoundError:
+                continue
+            # Replaced by rename: two changes within the clock's tick still differ in their inode.
+            stamp = (found.st_mtime_ns, found.st_ino)
+            if self._seen.get(folder.name) != stamp:
+                changed.append((folder.name, stamp))
+        return changed
+
+    def _load(self, task: str) -> LiveRelease | None:
+        live = self._store.live(task)
+        if live is None or live.release is None:
+            return None
+        release = self._store.read(task, live.release)
+        router = Router.load(release.files["router.json"])
+        return LiveRelease(
+            task=task,
+            name=release.name,
+            generation=live.generation,
+            student=load_student(release),
+            router=router,
+            comparison=self._tasks.comparison(task),
+            threshold=router.threshold,
+            accepted_audits=self._accepted_audits(task, release.name),
+        )
+
+    def _accepted_audits(self, task: str, release: str) -> int:
+        """Count the audits of this release that the log knows already (after a restart or a rollback)."""
+        return sum(
+            1
+            for exchange in self._reader.exchanges(task).exchanges
+            if exchange.release == release and exchange.route == "student" and exchange.audit != "none"
+        )
+
+    def _swap(self, task: str, loaded: LiveRelease | None) -> None:
+        before = self._live.get(task)
+        if loaded is None:
+            self._live.pop(task, None)
+        else:
+            self._live[task] = loaded
+        if before is not None:
+            self._retired.append((time.monotonic(), before.student))
+        name = loaded.name if loaded else None
+        self._metrics.record_live(
+            task, name, before.name if before else None, loaded.threshold if loaded else None
+        )
+        if loaded is None:
+            log.info("task %s: no release is live; the teacher answers", task)
+        else:
+            log.info("task %s: release %s is live (generation %d)", task, loaded.name, loaded.generation)
+
+    async def _close_retired(self) -> None:
+        now = time.monotonic()
+        due = [student for at, student in self._retired if now - at >= _RETIRE_AFTER_S]
+        self._retired = [(at, student) for at, student in self._retired if now - at < _RETIRE_AFTER_S]
+        for student in due:
+            await student.aclose()

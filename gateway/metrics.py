@@ -1,0 +1,206 @@
+"""Prometheus metrics: an own registry, bounded labels, one small method for each thing that happens.
+
+No label value comes from a client: tasks are bounded by `server.max_tasks`, routes and reasons by the code,
+releases by what is live. With several workers the values live in files that all share
+(PROMETHEUS_MULTIPROC_DIR, which `serve` sets before a worker imports anything), so that counts are right
+whichever worker is asked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+
+from gateway import names
+from serving.exchange import Json, Route
+
+NOWHERE = ""
+"""The task and route of requests that were refused before they had one."""
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+_USD = (1e-7, 1e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.5, 1.0)
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)
+
+
+class Metrics:
+    """Everything the gateway counts."""
+
+    def __init__(self) -> None:
+        self._shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        self._registry = CollectorRegistry()
+        self._requests = self._counter(
+            names.METRIC_REQUESTS, "Requests.", ("task", "route", "reason", "code")
+        )
+        self._duration = self._histogram(
+            names.METRIC_DURATION, "From the request to the end of its answer.", ("task", "route"), _SECONDS
+        )
+        self._overhead = self._histogram(
+            names.METRIC_OVERHEAD, "Time of the gateway itself: total minus waiting on models.", (), _OVERHEAD
+        )
+        self._first_token = self._histogram(
+            names.METRIC_FIRST_TOKEN,
+            "From a streamed request to its first frame.",
+            ("task", "route"),
+            _SECONDS,
+        )
+        self._tokens = self._counter(
+            names.METRIC_TOKENS,
+            "Tokens of the answers given, in the teacher's count.",
+            ("task", "route", "kind"),
+        )
+        self._cost = self._counter(
+            names.METRIC_COST,
+            "What the requests cost; audits count with the requests audited.",
+            ("task", "route"),
+        )
+        self._request_cost = self._histogram(
+            names.METRIC_REQUEST_COST, "What one request cost.", ("task", "route"), _USD
+        )
+        self._avoided = self._counter(
+            names.METRIC_COST_AVOIDED,
+            "What the teacher would have cost, minus what was spent.",
+            ("task", "route"),
+        )
+        self._confidence = self._histogram(
+            names.METRIC_CONFIDENCE, "Calibrated confidence of the student's answers.", ("task",), _SHARES
+        )
+        self._threshold = self._gauge(
+            names.METRIC_THRESHOLD, "The confidence from which the student's answer is served.", ("task",)
+        )
+        self._audits = self._counter(
+            names.METRIC_AUDITS, "Audits of answers the student gave.", ("task", "outcome")
+        )
+        self._logged = self._counter(names.METRIC_LOGGED, "Exchanges made durable.", ("task",))
+        self._lost = self._counter(names.METRIC_LOST, "Exchanges that could not be logged.", ("task",))
+        self._upstream_errors = self._counter(
+            names.METRIC_UPSTREAM_ERRORS, "Requests that an upstream failed on.", ("upstream", "kind")
+        )
+        self._release = self._gauge(
+            names.METRIC_RELEASE, "1 for the release that is live.", ("task", "release")
+        )
+        self._request_series: dict[tuple[str, str, str, int], Counter] = {}
+        self._duration_series: dict[tuple[str, str], Histogram] = {}
+        self._spending_series: dict[tuple[str, str], tuple[Counter, Histogram, Counter]] = {}
+        self._token_series: dict[tuple[str, str], tuple[Counter, Counter]] = {}
+        self._confidence_series: dict[str, Histogram] = {}
+        self._logged_series: dict[str, Counter] = {}
+
+    def record_request(self, task: str, route: str, reason: str, code: int, seconds: float) -> None:
+        """Count a request that is over. A reason with a detail (`unsupported:tools`) counts without it."""
+        key = (task, route, reason, code)
+        counter = self._request_series.get(key)
+        if counter is None:
+            counter = self._requests.labels(task, route, reason.partition(":")[0], str(code))
+            self._request_series[key] = counter
+        counter.inc()
+        histogram = self._duration_series.get((task, route))
+        if histogram is None:
+            histogram = self._duration_series[task, route] = self._duration.labels(task, route)
+        histogram.observe(seconds)
+
+    def record_overhead(self, seconds: float) -> None:
+        """Note the time a request spent in the gateway itself."""
+        self._overhead.observe(max(0.0, seconds))
+
+    def record_first_token(self, task: str, route: Route, seconds: float) -> None:
+        """Note how long a streaming client waited for the first frame."""
+        self._first_token.labels(task, route).observe(seconds)
+
+    def record_spending(self, task: str, route: Route, usd: float | None, avoided_usd: float | None) -> None:
+        """Note what a request cost and what it saved; None where no price is known."""
+        series = self._spending_series.get((task, route))
+        if series is None:
+            labels = (task, route)
+            series = (
+                self._cost.labels(*labels),
+                self._request_cost.labels(*labels),
+                self._avoided.labels(*labels),
+            )
+            self._spending_series[labels] = series
+        if usd is not None:
+            series[0].inc(usd)
+            series[1].observe(usd)
+        if avoided_usd is not None and avoided_usd > 0:
+            series[2].inc(avoided_usd)
+
+    def record_tokens(self, task: str, route: Route, usage: Json | None) -> None:
+        """Count the tokens of an answer by OpenAI's `usage`."""
+        if usage is None:
+            return
+        series = self._token_series.get((task, route))
+        if series is None:
+            series = (
+                self._tokens.labels(task, route, "input"),
+                self._tokens.labels(task, route, "output"),
+            )
+            self._token_series[task, route] = series
+        for counter, name in zip(series, ("prompt_tokens", "completion_tokens"), strict=True):
+            count = usage.get(name)
+            if isinstance(count, int) and count > 0:
+                counter.inc(count)
+
+    def record_confidence(self, task: str, confidence: float) -> None:
+        """Note how sure the student was, whoever answered in the end."""
+        histogram = self._confidence_series.get(task)
+        if histogram is None:
+            histogram = self._confidence_series[task] = self._confidence.labels(task)
+        histogram.observe(confidence)
+
+    def record_audit(self, task: str, agreed: bool | None, usd: float | None) -> None:
+        """Count an audit that is over; `agreed` None: the teacher could not be had."""
+        outcome = "missing" if agreed is None else "agreed" if agreed else "disagreed"
+        self._audits.labels(task, outcome).inc()
+        if usd is not None:
+            self._cost.labels(task, "student").inc(usd)
+
+    def record_logged(self, task: str) -> None:
+        """Count an exchange that is on disk."""
+        counter = self._logged_series.get(task)
+        if counter is None:
+            counter = self._logged_series[task] = self._logged.labels(task)
+        counter.inc()
+
+    def record_lost(self, task: str) -> None:
+        """Count an exchange that could not be logged."""
+        self._lost.labels(task).inc()
+
+    def record_upstream_error(self, upstream: str, kind: str) -> None:
+        """Count a failure of an upstream (`teacher`, `student`), by kind (`status`, `timeout`, `broken`)."""
+        self._upstream_errors.labels(upstream, kind).inc()
+
+    def record_live(
+        self, task: str, release: str | None, previous: str | None, threshold: float | None
+    ) -> None:
+        """Note which release is live; None: withdrawn."""
+        if previous is not None and previous != release:
+            # A series can't be taken out of the files that workers share.
+            if self._shared:
+                self._release.labels(task, previous).set(0)
+            else:
+                self._release.remove(task, previous)
+        if release is not None:
+            self._release.labels(task, release).set(1)
+        if threshold is not None:
+            self._threshold.labels(task).set(threshold)
+        elif previous is not None:
+            self._threshold.labels(task).set(float("nan"))
+
+    def exposition(self) -> bytes:
+        """Write everything in Prometheus's text format."""
+        if not self._shared:
+            return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+
+    def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
+        return Counter(name, text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float]) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self._registry)
+
+    def _gauge(self, name: str, text: str, labels: Sequence[str]) -> Gauge:
+        return Gauge(name, text, labels, registry=self._registry, multiprocess_mode="mostrecent")

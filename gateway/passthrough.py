@@ -1,0 +1,87 @@
+"""Everything under `/v1/` but chat completions: streamed to the teacher and back, unchanged.
+
+Bodies of any size pass in both directions without being held; the gateway adds its authentication and
+counts the requests. Only an error that isn't JSON is put into OpenAI's envelope, since clients read it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from gateway import names
+from gateway.auth import Gate
+from gateway.client import Client, ClientGone
+from gateway.envelope import FORWARDED_HEADERS, Refusal, enveloped, refusal_of
+from gateway.metrics import NOWHERE, Metrics
+from serving.errors import UnderstudyError, UpstreamError
+from serving.teacher import Teacher
+from serving.upstream import UpstreamResponse
+
+log = logging.getLogger("understudy.passthrough")
+
+_HELD_BYTES = 64 * 1024
+_TOLD = [(names.ROUTE_HEADER, "teacher"), (names.REASON_HEADER, names.REASON_PASSTHROUGH)]
+
+
+class Passthrough:
+    """Passes requests on."""
+
+    def __init__(self, teacher: Teacher, gate: Gate, metrics: Metrics) -> None:
+        self._teacher = teacher
+        self._gate = gate
+        self._metrics = metrics
+
+    async def __call__(self, client: Client) -> None:
+        """Serve one request to its end."""
+        began = time.perf_counter()
+        code = 499
+        try:
+            code = await self._serve(client)
+        except ClientGone:
+            pass
+        except UnderstudyError as error:
+            if client.gone:
+                return
+            if isinstance(error, UpstreamError):
+                self._metrics.record_upstream_error("teacher", error.kind)
+            refusal = refusal_of(error)
+            code = refusal.status
+            if client.started:
+                # Too late to say it: an answer that isn't ended makes the server close the connection.
+                log.warning("request %s: %s", client.request_id, error)
+                return
+            await client.refuse(refusal, _TOLD)
+        finally:
+            self._metrics.record_request(
+                NOWHERE, "teacher", names.REASON_PASSTHROUGH, code, time.perf_counter() - began
+            )
+
+    async def _serve(self, client: Client) -> int:
+        caller = self._gate.admit(client.header("authorization"))
+        declared = client.declared_bytes()
+        if not client.has_body() or (declared is not None and declared <= _HELD_BYTES):
+            body = await client.read(_HELD_BYTES)
+        else:
+            body = client.pieces()
+        async with client.watched():
+            response = await self._teacher.forward(
+                client.method, client.target, client.headers, body, authorization=caller.authorization
+            )
+            async with response:
+                await self._relay(client, response)
+            return response.status
+        return 499  # the client has gone: `watched` was left quietly
+
+    async def _relay(self, client: Client, response: UpstreamResponse) -> None:
+        headers = [(name, value) for name, value in response.headers if name != names.REQUEST_ID_HEADER]
+        kind = next((value for name, value in headers if name == "content-type"), "")
+        if response.status >= 400 and "json" not in kind:
+            kept = [(name, value) for name, value in headers if name in FORWARDED_HEADERS]
+            body = enveloped(response.status, await response.read())
+            await client.refuse(Refusal(response.status, body, kept), _TOLD)
+            return
+        await client.start(response.status, [*headers, *_TOLD])
+        async for piece in response.chunks():
+            await client.piece(piece)
+        await client.end()

@@ -1,0 +1,135 @@
+"""`understudy serve`: the listening socket, the workers, and what a person sees of them."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+import sys
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from gateway.app import Gateway, create_app
+from serving.errors import ConfigError
+from serving.settings import Settings
+
+log = logging.getLogger("understudy.server")
+
+_BACKLOG = 2048
+_GRACEFUL_S = 30
+
+
+def serve(settings: Settings, *, config_path: Path | None = None) -> None:
+    """Run the gateway until it is told to stop (SIGTERM, SIGINT): requests under way are finished first.
+
+    Raises ConfigError when the address or the state directory can't be used.
+    """
+    _configure_logging()
+    with ExitStack() as stack:
+        listening = stack.enter_context(_bind(settings.server.host, settings.server.port))
+        _check_state_dir(settings.state_dir)
+        workers = settings.server.workers
+        if workers > 1:
+            # Where the workers' metrics meet; prometheus-client looks for it when a worker imports it.
+            folder = tempfile.TemporaryDirectory(prefix="understudy-metrics-")
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = stack.enter_context(folder)
+        config = uvicorn.Config(
+            partial(_create_worker, settings, config_path),
+            factory=True,
+            workers=workers,
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=_GRACEFUL_S,
+        )
+        print(_start_line(settings, listening), flush=True)
+        if is_exposed(settings):
+            log.warning(
+                "ANYONE WHO REACHES %s SPENDS YOUR MONEY: server.host is no loopback address, server.api_keys "
+                "is empty, and the gateway holds the teacher's key. Set server.api_keys.",
+                settings.server.host,
+            )
+        server = uvicorn.Server(config)
+        try:
+            if workers > 1:
+                Multiprocess(config, target=server.run, sockets=[listening]).run()
+            else:
+                server.run(sockets=[listening])
+        except KeyboardInterrupt:
+            pass
+        if workers == 1 and not server.started:
+            sys.exit(3)
+
+
+def is_exposed(settings: Settings) -> bool:
+    """Say whether strangers could use the teacher's key: no keys of our own, and reachable from elsewhere."""
+    return (
+        not settings.server.api_keys
+        and settings.teacher_key() is not None
+        and not _is_loopback(settings.server.host)
+    )
+
+
+def _create_worker(settings: Settings, config_path: Path | None) -> Gateway:
+    """Build the application in the process that runs it."""
+    _configure_logging()
+    return create_app(settings, config_path=config_path)
+
+
+def _configure_logging() -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("understudy").setLevel(logging.INFO)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server((address[0], port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"can't listen on {host}:{port}: {error.strerror or error}; choose another with --host and --port"
+        ) from None
+
+
+def _check_state_dir(state_dir: Path) -> None:
+    try:
+        (state_dir / "tasks").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=state_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"the state directory {state_dir} can't be written: {error.strerror}") from None
+
+
+def _start_line(settings: Settings, listening: socket.socket) -> str:
+    host = settings.server.host
+    port = listening.getsockname()[1]
+    tasks = ", ".join(task.name for task in settings.task) or "found in the traffic"
+    teacher = urlsplit(settings.teacher.base_url)
+    where = teacher.hostname or ""
+    if teacher.port is not None:
+        where += f":{teacher.port}"
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return (
+        f"understudy listens on {address} · tasks: {tasks} · teacher: {where} · state: {settings.state_dir}"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,128 @@
+"""One request on its way through the gateway: what it asked, what was decided, who answered."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+
+from routers.router import Decision
+
+from gateway import names
+from gateway.auth import Caller
+from gateway.live import LiveRelease
+from serving.chat import ChatRequest
+from serving.exchange import Audit, Exchange, Route, StudentAnswer, TeacherAnswer
+from serving.settings import TaskSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A chat request as it came in.
+
+    `task` and `route` are its x-understudy headers, `retries` is the client's count; `headers` are all of
+    them, with lower-case names.
+    """
+
+    raw: bytes
+    request_id: str
+    caller: Caller
+    headers: list[tuple[str, str]] = field(default_factory=list)
+    task: str | None = None
+    route: str | None = None
+    retries: int = 0
+
+
+@dataclass(slots=True)
+class Turn:
+    """What is known of one chat request so far. Times are in seconds; `started` is of the monotonic clock."""
+
+    arrival: Arrival
+    chat: ChatRequest
+    task: str
+    policy: TaskSettings
+    release: LiveRelease | None
+    storable: bool
+    eligible: bool
+    coin: bool = False
+    audit_rate: float = 0.0
+    supersedes: str | None = None
+    route: Route = "teacher"
+    reason: str = names.REASON_NO_RELEASE
+    student: StudentAnswer | None = None
+    decision: Decision | None = None
+    teacher: TeacherAnswer | None = None
+    cost_usd: float | None = None
+    waited_s: float = 0.0
+    logged: bool = False
+    over: bool = False
+    id: str = field(default_factory=lambda: new_id())
+    created: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.perf_counter)
+
+    def elapsed_s(self) -> float:
+        """Return the time since the request came in."""
+        return time.perf_counter() - self.started
+
+    def audit(self) -> Audit:
+        """Say what the coin asks for: nothing, an answer that is still owed, or one that is there already."""
+        if not (self.coin and self.eligible):
+            return "none"
+        return "pending" if self.route == "student" else "answered"
+
+    def propensity(self) -> float | None:
+        """Return the probability with which this exchange comes to have both answers (STATISTICS.md §2)."""
+        if not self.eligible:
+            return None
+        return self.audit_rate if self.route == "student" else 1.0
+
+    def agreement(self) -> bool | None:
+        """Compare the two answers, if both are known."""
+        if self.release is None or self.student is None or self.teacher is None:
+            return None
+        return self.release.comparison.agree(self.student.choices, self.teacher.choices)
+
+    def exchange(self) -> Exchange:
+        """Return the exchange as it goes into the log."""
+        return Exchange(
+            id=self.id,
+            request_id=self.arrival.request_id,
+            created=self.created,
+            task=self.task,
+            tenant=self.arrival.caller.tenant,
+            request=self.chat.body,
+            route=self.route,
+            reason=self.reason,
+            release=self.release.name if self.release else None,
+            teacher=self.teacher,
+            student=self.student,
+            confidence=self.decision.confidence if self.decision else None,
+            threshold=self.decision.threshold if self.decision else None,
+            eligible=self.eligible,
+            coin=self.coin,
+            audit_rate=self.audit_rate,
+            audit=self.audit(),
+            propensity=self.propensity(),
+            agreement=self.agreement(),
+            cost_usd=self.cost_usd,
+        )
+
+    def headers(self) -> list[tuple[str, str]]:
+        """Return what the client is told about how its request was answered."""
+        told = [
+            (names.ROUTE_HEADER, self.route),
+            (names.REASON_HEADER, self.reason),
+            (names.TASK_HEADER, self.task),
+        ]
+        if self.release is not None:
+            told.append((names.RELEASE_HEADER, self.release.name))
+        if self.decision is not None:
+            told.append((names.CONFIDENCE_HEADER, f"{self.decision.confidence:.4f}"))
+        if self.cost_usd is not None and not self.chat.stream:
+            told.append((names.COST_HEADER, f"{self.cost_usd:.9f}"))
+        return told
+
+
+def new_id() -> str:
+    """Make an id for an exchange: milliseconds since the epoch, then randomness; ids sort by time."""
+    return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(8)}"

@@ -1,0 +1,171 @@
+"""What all tests share: real servers on free ports, and a way to say what a test can't do without."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from serving.exchange import Exchange
+from serving.failures import Failures
+from serving.log import LogReader
+from serving.recording import Recorded, Recording
+from serving.settings import Settings
+from serving.stand_in import StandIn, create_stand_in
+
+TEACHER_KEY = "teacher-key"
+
+App = Callable[..., Any]
+Require = Callable[[str], None]
+
+
+@pytest.fixture
+def require() -> Require:
+    """Skip a test that needs a program this machine lacks; fail it where UNDERSTUDY_REQUIRE names it."""
+
+    def check(name: str) -> None:
+        if shutil.which(name) is not None:
+            return
+        required = os.environ.get("UNDERSTUDY_REQUIRE", "").split(",")
+        if name in (item.strip() for item in required):
+            pytest.fail(f"{name} isn't installed, and UNDERSTUDY_REQUIRE names it")
+        pytest.skip(f"{name} isn't installed")
+
+    return check
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[App], str]]:
+    """Serve ASGI apps with a real uvicorn, each on a free port, until the test ends; gives the base URL."""
+    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(app: App) -> str:
+        listening = socket.create_server(("127.0.0.1", 0))
+        config = uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        running.append((server, thread))
+        deadline = time.monotonic() + 20
+        while not server.started:
+            assert thread.is_alive(), "the server ended instead of starting"
+            assert time.monotonic() < deadline, "the server didn't start within 20 s"
+            time.sleep(0.005)
+        return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+    yield start
+    for server, thread in reversed(running):
+        server.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive(), "a server didn't stop within 20 s"
+
+
+@dataclass(frozen=True)
+class RunningStandIn:
+    """A teacher that answers from a recording."""
+
+    url: str
+    app: StandIn
+
+    def stats(self) -> dict[str, int]:
+        stats: dict[str, int] = httpx.get(f"{self.url}/stats").json()
+        return stats
+
+
+@pytest.fixture
+def stand_in(serve: Callable[[App], str]) -> Callable[..., RunningStandIn]:
+    """Start a stand-in for `{text: answer}`; keywords go to `create_stand_in`."""
+
+    def start(answers: dict[str, str], *, failures: Failures | None = None, **options: Any) -> RunningStandIn:
+        rows = tuple(Recorded(text, answer) for text, answer in answers.items())
+        app = create_stand_in(Recording(Path("answers.csv"), rows), failures=failures, **options)
+        return RunningStandIn(serve(app), app)
+
+    return start
+
+
+@dataclass(frozen=True)
+class RunningGateway:
+    """A gateway in this process."""
+
+    url: str
+    state_dir: Path
+
+    def client(self, api_key: str = "client-key", **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, **{"max_retries": 0, **options})
+
+    def post(self, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", **options)
+
+    def exchanges(self) -> list[Exchange]:
+        """Return everything in the log, oldest first."""
+        reader = LogReader(self.state_dir)
+        found = [exchange for task in reader.tasks() for exchange in reader.exchanges(task).exchanges]
+        return sorted(found, key=lambda exchange: (exchange.created, exchange.id))
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of a metric's samples that have these labels."""
+        total = 0.0
+        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+            series, _, value = line.rpartition(" ")
+            has_labels = all(f'{key}="{label}"' in series for key, label in labels.items())
+            if series.partition("{")[0] == name and has_labels:
+                total += float(value)
+        return total
+
+
+@pytest.fixture
+def gateway(
+    serve: Callable[[App], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., RunningGateway]:
+    """Start a gateway before a teacher; keywords are sections of the settings."""
+    # Imported here: most tests need no gateway, and it takes most of a second.
+    from gateway.app import create_app
+
+    def start(teacher: str, *, teacher_key: str | None = TEACHER_KEY, **sections: Any) -> RunningGateway:
+        if teacher_key is None:
+            monkeypatch.delenv("TEACHER_KEY", raising=False)
+        else:
+            monkeypatch.setenv("TEACHER_KEY", teacher_key)
+        state_dir = tmp_path / "state"
+        given = {
+            "state_dir": state_dir,
+            "learning": {"interval_s": 0},
+            **sections,
+            "teacher": {
+                "base_url": f"{teacher}/v1",
+                "api_key_env": "TEACHER_KEY",
+                "timeout_s": 5.0,
+                "max_retries": 0,
+                "trainable": True,
+                "price": {"input": 10.0, "output": 30.0},
+                **sections.get("teacher", {}),
+            },
+        }
+        return RunningGateway(serve(create_app(Settings(**given))), state_dir)
+
+    return start
+
+
+@pytest.fixture
+def eventually() -> Callable[[Callable[[], bool]], None]:
+    """Wait until something holds that happens after an answer; fail after ten seconds."""
+
+    def wait(holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while not holds():
+            assert time.monotonic() < deadline, "it didn't happen within 10 s"
+            time.sleep(0.02)
+
+    return wait
