@@ -49,6 +49,32 @@ def understudy(
     """Answer OpenAI-compatible requests with a small student where it provably agrees with the teacher."""
 
 
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Option(help="The configuration file; absent: understudy.toml, if there is one.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; absent: server.host.")] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one; absent: server.port."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Processes that serve; absent: server.workers.")
+    ] = None,
+) -> None:
+    """Run the gateway."""
+    from gateway.server import serve as run_gateway
+    from serving.settings import load_settings
+
+    settings = load_settings(config)
+    given = {"host": host, "port": port, "workers": workers}
+    server = settings.server.model_copy(
+        update={key: value for key, value in given.items() if value is not None}
+    )
+    run_gateway(settings.model_copy(update={"server": server}), config_path=config)
+
+
 @app.command("stand-in")
 def stand_in(
     file: Annotated[Path, typer.Argument(help="The recording: CSV or JSONL with columns text and teacher.")],

@@ -57,7 +57,7 @@ def serve(settings: Settings, *, config_path: Path | None = None) -> None:
         print(_start_line(settings, listening), flush=True)
         if is_exposed(settings):
             log.warning(
-                "ANYONE WHO REACHES %s SPENDS YOUR MONEY: server.host is no loopback address, server.api_keys "
+                "ANYONE WHO REACHES %s SPENDS YOUR MONEY: server.host isn't loopback, server.api_keys "
                 "is empty, and the gateway holds the teacher's key. Set server.api_keys.",
                 settings.server.host,
             )

@@ -65,8 +65,9 @@ def serve() -> Iterator[Callable[[App], str]]:
         return f"http://127.0.0.1:{listening.getsockname()[1]}"
 
     yield start
-    for server, thread in reversed(running):
+    for server, _ in running:
         server.should_exit = True
+    for _, thread in running:
         thread.join(timeout=20)
         assert not thread.is_alive(), "a server didn't stop within 20 s"
 
