@@ -125,5 +125,93 @@ def stand_in(
     )
 
 
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="The recording: CSV or JSONL with columns text and teacher.")],
+    base_url: Annotated[
+        str | None, typer.Option(help="A running gateway, ending in /v1; absent: one is started for this.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Configuration of the gateway at --base-url, to learn and read its log."),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Task to name in x-understudy-task.")] = None,
+    system_prompt: Annotated[Path | None, typer.Option(help="File with the system prompt to send.")] = None,
+    answers: Annotated[
+        str, typer.Option(help="Column with the recorded answers: teacher or gold.", metavar="COLUMN")
+    ] = "teacher",
+    seed: Annotated[int | None, typer.Option(help="Shuffles the rows; absent: the file's order.")] = None,
+    seed_file: Annotated[
+        Path | None, typer.Option(help="Rows text,gold sent first, answered with gold, and not counted.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Send only so many rows.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=512, help="Requests under way at once.")] = 4,
+    learn_every: Annotated[int, typer.Option(min=0, help="Run `learn` after every so many; 0: never.")] = 0,
+    wait: Annotated[bool, typer.Option(help="Stop sending while learning; else traffic goes on.")] = True,
+    max_disagreement: Annotated[
+        float | None, typer.Option("--max-disagreement", "--alpha", help="α of the promise. [default: 0.05]")
+    ] = None,
+    certainty: Annotated[float | None, typer.Option(help="1−δ of the promise. [default: 0.9]")] = None,
+    price: Annotated[
+        str, typer.Option(help="The teacher's price, USD per million tokens of input,output.")
+    ] = "2.5,10",
+    latency_ms: Annotated[
+        float | None, typer.Option(min=0, help="Median time of a teacher's answer; absent: as recorded.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model to ask for; absent: the recording's.")] = None,
+    api_key_env: Annotated[
+        str, typer.Option(help="Environment variable with the key for --base-url, if it wants one.")
+    ] = "OPENAI_API_KEY",
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder to keep configuration, log and releases in; absent: none kept."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
+) -> None:
+    """Send a recording through a gateway as real requests, and show what came of it."""
+    from loadtest.command import ReplayOptions, run_replay
+
+    options = ReplayOptions(
+        file=file,
+        base_url=base_url,
+        config=config,
+        task=task,
+        system_prompt=system_prompt,
+        answers=answers,
+        seed=seed,
+        seed_file=seed_file,
+        limit=limit,
+        concurrency=concurrency,
+        learn_every=learn_every,
+        wait=wait,
+        max_disagreement=max_disagreement,
+        certainty=certainty,
+        price=price,
+        latency_ms=latency_ms,
+        model=model,
+        api_key_env=api_key_env,
+        work=work,
+    )
+    raise typer.Exit(run_replay(options, as_json=json))
+
+
+@app.command()
+def demo(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the gateway.")] = 8080,
+    state: Annotated[Path, typer.Option(help="Folder for the demo's state; emptied first.")] = Path(
+        "demo-state"
+    ),
+    seed: Annotated[int, typer.Option(help="Shuffles the messages.")] = 1,
+    leave: Annotated[bool, typer.Option("--exit", help="Stop after the table.")] = False,
+) -> None:
+    """Show the main job on example messages, then go on serving."""
+    from rich.console import Console
+
+    from loadtest.demo import Demo, run_demo
+
+    results = run_demo(Demo(port, state, seed), Console(), stay=not leave)
+    raise typer.Exit(130 if results.interrupted else 1 if results.failed else 0)
+
+
 if __name__ == "__main__":
     main()

@@ -13,4 +13,5 @@ answer = client.chat.completions.with_raw_response.create(
     ],
 )
 print(answer.parse().choices[0].message.content)
-print({name: answer.headers.get(f"x-understudy-{name}") for name in ("route", "reason", "confidence", "cost-usd")})
+for name in ("route", "reason", "confidence", "cost-usd"):
+    print(f"{name}: {answer.headers.get(f'x-understudy-{name}')}")
