@@ -155,15 +155,6 @@ class TaskSettings(TaskPolicy):
     name: Name
     match: Match | None = None
 
-    @field_validator("name")
-    @classmethod
-    def _isnt_reserved(cls, value: str) -> str:
-        if value in RESERVED_TASKS:
-            raise ValueError(
-                "is a name of our own (prompts beyond server.max_tasks go there); choose another"
-            )
-        return value
-
 
 class Settings(BaseSettings):
     """The whole configuration. Everything is optional but the teacher's key."""
@@ -185,6 +176,8 @@ class Settings(BaseSettings):
     @classmethod
     def _names_differ(cls, value: list[TaskSettings]) -> list[TaskSettings]:
         names = [task.name for task in value]
+        for name in RESERVED_TASKS.intersection(names):
+            raise ValueError(f"{name} is a name of our own (prompts beyond server.max_tasks go there)")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"should name every task once; {', '.join(twice)} is there more than once")

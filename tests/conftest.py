@@ -134,7 +134,7 @@ def gateway(
     # Imported here: most tests need no gateway, and it takes most of a second.
     from gateway.app import create_app
 
-    def start(teacher: str, *, teacher_key: str | None = TEACHER_KEY, **sections: Any) -> RunningGateway:
+    def start(base_url: str, *, teacher_key: str | None = TEACHER_KEY, **sections: Any) -> RunningGateway:
         if teacher_key is None:
             monkeypatch.delenv("TEACHER_KEY", raising=False)
         else:
@@ -145,7 +145,7 @@ def gateway(
             "learning": {"interval_s": 0},
             **sections,
             "teacher": {
-                "base_url": f"{teacher}/v1",
+                "base_url": f"{base_url}/v1",
                 "api_key_env": "TEACHER_KEY",
                 "timeout_s": 5.0,
                 "max_retries": 0,

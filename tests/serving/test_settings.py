@@ -88,7 +88,7 @@ def test_an_unknown_key_is_named_in_full_with_the_nearest_right_one(
         ("[teacher]\nbase_url = 'api.example'\n", "teacher.base_url", "'api.example'", "https?://"),
         ("[task_defaults]\nmax_disagreement = 0\n", "task_defaults.max_disagreement", "0", "greater than 0"),
         ("[[task]]\nname = 'Big Task'\n", "task[0].name", "'Big Task'", "pattern"),
-        ("[[task]]\nname = 'other'\n", "task[0].name", "'other'", "choose another"),
+        ("[[task]]\nname = 'other'\n", "task", "'other'", "a name of our own"),
         (
             "[[task]]\nname = 'a'\nmatch = {system = '('}\n",
             "task[0].match.system",
