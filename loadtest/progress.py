@@ -14,7 +14,7 @@ from loadtest.table import percent
 from loadtest.traffic import Outcome, recorded_choices
 from serving.agreement import Comparison
 
-_PLAIN_LINES = 20
+_PLAIN_LINES = 12
 
 
 class Progress:
@@ -66,13 +66,13 @@ class Progress:
                 self._teacher_cost += outcome.cost_usd or 0.0
             self._release = outcome.release
         if not self._console.is_terminal and self._done % self._every == 0:
-            self._console.print(self._line(), highlight=False)
+            self._console.print(self._line(), highlight=False, soft_wrap=True)
 
     def learning(self, status: str) -> None:
         """Show what the learner is doing or has said last."""
         self._learning = status
         if not self._console.is_terminal:
-            self._console.print(f"learn: {status}", highlight=False)
+            self._console.print(f"learn: {status}", highlight=False, markup=False, soft_wrap=True)
 
     def _line(self) -> str:
         routes = ", ".join(f"{route} {count}" for route, count in sorted(self._routes.items()))

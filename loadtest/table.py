@@ -49,17 +49,11 @@ def _quality(results: Results) -> Table:
         percent(results.student_accuracy),
         percent(results.teacher_accuracy),
     )
-    audits = "?" if results.audits is None else f"{results.audits:,}"
-    table.add_row(
-        f"calls to the teacher ({results.escalated:,} + {audits} audits)",
-        percent(results.teacher_share),
-        "",
-        "100.0 %",
-    )
+    table.add_row("calls to the teacher", percent(results.teacher_share), "", "100.0 %")
+    answered = max(results.requests - results.failed, 1)
+    table.add_row("  of which audits", "?" if results.audits is None else percent(results.audits / answered))
     if results.oracle_share is not None:
-        table.add_row(
-            "  the floor: same student, threshold by hindsight", percent(results.oracle_share), "", ""
-        )
+        table.add_row("  the floor, by hindsight", percent(results.oracle_share), "", "")
     table.add_row(
         "cost of 1,000 requests",
         _dollars(results.usd_per_request),

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-import uvicorn
 from openai.types.chat import ChatCompletionMessageParam
 
 from serving.errors import RecordingError
@@ -45,21 +43,8 @@ Serve = Callable[[StandIn], str]
 
 
 @pytest.fixture
-def serve() -> Iterator[Serve]:
-    running: list[tuple[uvicorn.Server, threading.Thread]] = []
-
-    def start(app: StandIn) -> str:
-        listener = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        running.append((server, thread))
-        return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-
-    yield start
-    for server, thread in running:
-        server.should_exit = True
-        thread.join()
+def serve(serve: Serve) -> Serve:
+    return lambda app: f"{serve(app)}/v1"
 
 
 def client(base_url: str, api_key: str = "k") -> openai.OpenAI:
