@@ -25,7 +25,7 @@ from serving.pricing import PriceList
 from serving.retry import delay_before_retry
 from serving.settings import TeacherSettings
 from serving.teacher_stream import Chunk, StreamFailed, TeacherStream, completion_of
-from serving.upstream import Headers, NothingSent, Upstream, UpstreamResponse
+from serving.upstream import Headers, NothingSent, StaleConnection, Upstream, UpstreamResponse
 from serving.wire import forwardable_request, forwardable_response, upstream_path
 
 __all__ = ["Chunk", "StreamFailed", "Teacher", "TeacherReply", "TeacherStream"]
@@ -33,6 +33,7 @@ __all__ = ["Chunk", "StreamFailed", "Teacher", "TeacherReply", "TeacherStream"]
 _T = TypeVar("_T")
 
 _CHAT = "/chat/completions"
+_STALE_AT_MOST = 5
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 _CHAT_HEADERS = frozenset(
     {"openai-organization", "openai-project", "openai-beta", "user-agent", "traceparent", "tracestate"}
@@ -42,7 +43,7 @@ _CHAT_HEADERS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class TeacherReply:
-    """A whole answer: `body` is the completion, `raw` its bytes as received, `headers` what may be passed on."""
+    """A whole answer: `body` is the completion, `raw` its bytes, `headers` what of its headers may go on."""
 
     answer: TeacherAnswer
     body: Json
@@ -87,7 +88,7 @@ class Teacher:
                 raise _refused(response, raw)
             return raw, completion_of(raw, response.headers), response.headers
 
-        raw, completion, received = await self._until_answered(attempt)
+        raw, completion, received = await self._until_answered(attempt, repeatable=_always)
         answer = self._answer(
             model=completion.get("model") or request["model"],
             choices=completion["choices"],
@@ -103,7 +104,7 @@ class Teacher:
     async def stream(
         self, request: Json, *, authorization: str | None, request_id: str, headers: Headers = ()
     ) -> AsyncIterator[TeacherStream]:
-        """Ask for a stream; the context is entered when the first chunk is there, so that errors keep their status.
+        """Ask for a stream; the context is entered with the first chunk, so that errors keep their status.
 
         Usage is always asked for: a client that didn't must not be shown it (see `Chunk`). The deadline
         `timeout_s` holds until the first chunk, then for every silence between chunks. Leaving the context
@@ -139,7 +140,7 @@ class Teacher:
                 latency_s=time.perf_counter() - began,
             )
 
-        stream = await self._until_answered(attempt)
+        stream = await self._until_answered(attempt, repeatable=_always)
         try:
             yield stream
         finally:
@@ -164,39 +165,42 @@ class Teacher:
         """
         path = upstream_path(target)
         sent = [*forwardable_request(headers), *self._credentials(authorization)]
-        repeatable = method in _IDEMPOTENT and isinstance(body, bytes)
+        again = method in _IDEMPOTENT and isinstance(body, bytes)
+
+        def repeatable(error: UpstreamError) -> bool:
+            return again and isinstance(error, NothingSent | StaleConnection)
 
         async def attempt() -> UpstreamResponse:
             return await self._upstream.request(method, path, headers=sent, body=body)
 
-        response = await self._until_answered(attempt, only_unsent=True, retries=None if repeatable else 0)
+        response = await self._until_answered(attempt, repeatable=repeatable)
         response.headers = forwardable_response(response.headers, whole=True)
         return response
 
     async def _until_answered(
-        self, attempt: Callable[[], Awaitable[_T]], *, only_unsent: bool = False, retries: int | None = None
+        self, attempt: Callable[[], Awaitable[_T]], *, repeatable: Callable[[UpstreamError], bool]
     ) -> _T:
         """Repeat `attempt` within the deadline until it gives something or an error not worth repeating."""
         clock = asyncio.get_running_loop().time
-        allowed = self._settings.max_retries if retries is None else retries
         deadline = clock() + self._settings.timeout_s
-        failed = 0
+        failed = stale = 0
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
                     return await attempt()
-            except UpstreamTimeout:
-                raise
             except UpstreamError as error:
-                if failed >= allowed or (only_unsent and not isinstance(error, NothingSent)):
+                if not repeatable(error):
                     raise
+                if isinstance(error, StaleConnection) and stale < _STALE_AT_MOST:
+                    # Not the teacher's failure: at once, and not counted. The pool may hold several of them.
+                    stale += 1
+                    continue
                 delay = delay_before_retry(error, failed)
-                if delay is None or clock() + delay >= deadline:
+                if delay is None or failed >= self._settings.max_retries or clock() + delay >= deadline:
                     raise
             except TimeoutError:
-                raise UpstreamTimeout(
-                    f"the teacher at {self._upstream.place} didn't answer within {self._settings.timeout_s:g} s"
-                ) from None
+                place, waited = self._upstream.place, self._settings.timeout_s
+                raise UpstreamTimeout(f"the teacher at {place} didn't answer within {waited:g} s") from None
             failed += 1
             await asyncio.sleep(delay)
 
@@ -259,6 +263,10 @@ def _checked(key: SecretStr) -> str:
     if not value or not value.isascii() or not value.isprintable():
         raise ConfigError("the teacher's key is empty or has characters that can't be sent: set it again")
     return value
+
+
+def _always(_: UpstreamError) -> bool:
+    return True
 
 
 def _refused(response: UpstreamResponse, body: bytes) -> UpstreamRefused:

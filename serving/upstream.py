@@ -1,76 +1,78 @@
-"""The way out: HTTP/1.1 to one base URL. The only module that imports the HTTP client.
+"""The way out: HTTP/1.1 to one base URL. The only module that imports the HTTP client, aiohttp.
 
 Bytes pass as they are: nothing is decompressed, no redirect is followed, no cookie is kept, no status is an
-error. `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY` are honoured, as people expect of traffic
-that leaves the house; a base URL on the loopback interface never goes through a proxy.
+error, no URL is rewritten. `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` are honoured, as people expect of
+traffic that leaves the house; a base URL on the loopback interface never goes through a proxy. Certificates
+are checked against the system's roots and certifi's.
+
+Why aiohttp: `python -m loadtest.clients` measures it against the others, and with `--disconnects` shows that
+requests that were given up leave nothing behind, which the fastest one (pyreqwest 0.15) fails: it keeps the
+connection of a cancelled request until the upstream has answered.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
+import os
+import ssl
+import urllib.request
 from collections.abc import AsyncIterator, Sequence
-from datetime import timedelta
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
 
-from pyreqwest.client import Client, ClientBuilder
-from pyreqwest.exceptions import (
-    BuilderError,
-    ConnectError,
-    ConnectTimeoutError,
-    DetailedPyreqwestError,
-    PoolTimeoutError,
-    PyreqwestError,
-    RequestTimeoutError,
-)
-from pyreqwest.request import StreamRequest
-from pyreqwest.response import Response
+import aiohttp
+import certifi
+from yarl import URL
 
 from serving.errors import RequestError, UpstreamBroken, UpstreamTimeout
 
 Headers = Sequence[tuple[str, str]]
 """Names and values as they go over the wire; a name may stand several times."""
 
-_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
-"""Methods that say how long their body is even if it is empty: some servers answer 411 otherwise."""
+_CONNECT_S = 10.0
+_KEEP_ALIVE_S = 60.0
+_LONGEST_HEADER = 64 * 1024
 
 
 class NothingSent(UpstreamBroken):
     """No connection could be had: the upstream saw nothing, so that sending it again is safe."""
 
 
+class StaleConnection(UpstreamBroken):
+    """A kept connection ended before any byte of an answer: nearly always it had been closed while idle."""
+
+
 class UpstreamResponse:
     """An answer whose head has arrived. The body is read once, with `read`, `read_chunk` or `chunks`.
 
     `headers` have lower-case names and keep repeated ones. An async context manager; leaving it (or
-    `aclose`) gives the connection back when the body was read to its end, and closes it otherwise, which is
+    `aclose`) gives the connection back when the body has come to its end, and closes it otherwise, which is
     how the upstream learns that nobody is listening any more.
     """
 
-    def __init__(self, request: StreamRequest, response: Response) -> None:
-        self._request = request
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
-        self._reader = response.body_reader
-        self._closed = False
         self.status: int = response.status
-        self.headers: list[tuple[str, str]] = list(response.headers.items())
+        self.headers: list[tuple[str, str]] = [
+            (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.raw_headers
+        ]
 
     async def read(self) -> bytes:
         """Read the rest of the body. Raises UpstreamBroken if it ends early, UpstreamTimeout if it stalls."""
         try:
-            return (await self._reader.bytes()).to_bytes()
-        except PyreqwestError as error:
+            return await self._response.content.read()
+        except (aiohttp.ClientError, OSError) as error:
             raise _translated(error, "in the middle of its answer") from None
 
     async def read_chunk(self) -> bytes | None:
         """Read what has come in, or None at the end of the body. Raises as `read` does."""
         try:
-            chunk = await self._reader.read_chunk()
-        except PyreqwestError as error:
+            return await self._response.content.readany() or None
+        except (aiohttp.ClientError, OSError) as error:
             raise _translated(error, "in the middle of its answer") from None
-        return None if chunk is None else chunk.to_bytes()
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Read the body piece by piece, as it comes in. Raises as `read` does."""
@@ -79,9 +81,7 @@ class UpstreamResponse:
 
     async def aclose(self) -> None:
         """Give the connection back, or close it. May be called again."""
-        if not self._closed:
-            self._closed = True
-            await self._request.__aexit__(None, None, None)
+        self._response.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -97,30 +97,15 @@ class Upstream:
 
     `timeout_s` bounds every silence: connecting (at most 10 s), waiting for the head of an answer and for
     each piece of its body. `max_connections` bounds the requests under way at once; the others wait for
-    their turn.
+    their turn. Belongs to the event loop of its first request.
     """
 
     def __init__(self, base_url: str, *, timeout_s: float, max_connections: int = 1000) -> None:
         self._base = urlsplit(base_url)
-        builder = (
-            ClientBuilder()
-            .follow_redirects(False)
-            .referer(False)
-            .gzip(False)
-            .brotli(False)
-            .zstd(False)
-            .deflate(False)
-            .http1_only()
-            .tcp_nodelay(True)
-            .http1_lower_case_headers()
-            .user_agent("understudy")
-            .connect_timeout(timedelta(seconds=min(timeout_s, 10.0)))
-            .read_timeout(timedelta(seconds=timeout_s))
-            .max_connections(max_connections)
-        )
-        if _is_loopback(self._base.hostname or ""):
-            builder = builder.no_proxy()
-        self._client: Client = builder.build()
+        self._timeout_s = timeout_s
+        self._max_connections = max_connections
+        self._proxy = _proxy_of(self._base.scheme, self._base.hostname or "")
+        self._session: aiohttp.ClientSession | None = None
 
     @property
     def place(self) -> str:
@@ -147,41 +132,95 @@ class Upstream:
         """Send a request and wait for the head of its answer.
 
         `path` begins with "/" and is appended to the base URL. Cancelling the call closes the connection.
-        Raises NothingSent when there is no connection, UpstreamTimeout when there is no head after
-        `timeout_s`, UpstreamBroken when the connection ended before it, RequestError when the request can't
-        be written as HTTP at all.
+        Raises NothingSent when there is no connection, StaleConnection when a kept one had ended,
+        UpstreamTimeout when there is no head after `timeout_s`, UpstreamBroken when the connection ended
+        before it, RequestError when the request can't be written as HTTP at all.
         """
+        session = self._session or self._open()
+        reused = SimpleNamespace(connection=False)
         try:
-            builder = self._client.request(method, self.url(path)).headers(headers)
-            if not isinstance(body, bytes):
-                builder = builder.body_stream(body)
-            elif body or method in _WITH_BODY:
-                builder = builder.body_bytes(body)
-            request = builder.build_streamed()
-        except (BuilderError, ValueError):
-            # The client's own message quotes the header's value, which may be a key.
+            async with asyncio.timeout(timeout_s) if timeout_s is not None else contextlib.nullcontext():
+                response = await session.request(
+                    method,
+                    URL(self.url(path), encoded=True),
+                    headers=headers,
+                    data=body or None,
+                    allow_redirects=False,
+                    proxy=self._proxy,
+                    trace_request_ctx=reused,
+                )
+        except aiohttp.ClientConnectorError as error:
+            raise NothingSent(f"the teacher at {self.place} can't be reached: {_cause(error)}") from None
+        except aiohttp.ConnectionTimeoutError:
+            raise NothingSent(
+                f"the teacher at {self.place} can't be reached: no connection in time"
+            ) from None
+        except (aiohttp.InvalidURL, ValueError):
+            # The client's own message may quote a header's value, which may be a key.
             raise RequestError(
                 "The request can't be passed on: method, path or a header has characters HTTP doesn't allow."
             ) from None
-        try:
-            if timeout_s is None:
-                response = await request.__aenter__()
-            else:
-                async with asyncio.timeout(timeout_s):
-                    response = await request.__aenter__()
-        except (ConnectError, ConnectTimeoutError, PoolTimeoutError) as error:
-            raise NothingSent(f"the teacher at {self.place} can't be reached: {_cause(error)}") from None
-        except PyreqwestError as error:
+        except (aiohttp.ServerDisconnectedError, ConnectionError) as error:
+            if reused.connection:
+                raise StaleConnection("the teacher had closed a kept connection") from None
             raise _translated(error, "before it answered") from None
         except TimeoutError:
+            waited = self._timeout_s if timeout_s is None else timeout_s
             raise UpstreamTimeout(
-                f"the teacher at {self.place} didn't answer within {timeout_s:.3g} s"
+                f"the teacher at {self.place} didn't answer within {waited:.3g} s"
             ) from None
-        return UpstreamResponse(request, response)
+        except (aiohttp.ClientError, OSError) as error:
+            raise _translated(error, "before it answered") from None
+        return UpstreamResponse(response)
 
     async def aclose(self) -> None:
         """Close every connection."""
-        await self._client.close()
+        if self._session is not None:
+            await self._session.close()
+
+    def _open(self) -> aiohttp.ClientSession:
+        """Make the pool: at the first request, since it binds to the running event loop."""
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_reuseconn.append(_note_reuse)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=self._max_connections,
+                keepalive_timeout=_KEEP_ALIVE_S,
+                ttl_dns_cache=60,
+                ssl=_certificates() if self._base.scheme == "https" else True,
+            ),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("accept-encoding", "content-type"),
+            headers={"user-agent": "understudy"},
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=min(self._timeout_s, _CONNECT_S), sock_read=self._timeout_s
+            ),
+            trace_configs=[trace],
+            max_line_size=_LONGEST_HEADER,
+            max_field_size=_LONGEST_HEADER,
+        )
+        return self._session
+
+
+async def _note_reuse(
+    _: aiohttp.ClientSession, trace: SimpleNamespace, __: aiohttp.TraceConnectionReuseconnParams
+) -> None:
+    trace.trace_request_ctx.connection = True
+
+
+def _certificates() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.load_verify_locations(certifi.where())
+    return context
+
+
+def _proxy_of(scheme: str, host: str) -> str | None:
+    """Find the environment's proxy for a host. aiohttp's own way would read passwords from ~/.netrc too."""
+    if _is_loopback(host) or urllib.request.proxy_bypass(host):
+        return None
+    proxies = urllib.request.getproxies()
+    return proxies.get(scheme) or proxies.get("all")
 
 
 def _is_loopback(host: str) -> bool:
@@ -193,13 +232,16 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _translated(error: PyreqwestError, when: str) -> UpstreamBroken | UpstreamTimeout:
-    if isinstance(error, RequestTimeoutError):
+def _translated(error: Exception, when: str) -> UpstreamBroken | UpstreamTimeout:
+    if isinstance(error, TimeoutError):
         return UpstreamTimeout(f"the teacher fell silent {when}")
     return UpstreamBroken(f"the connection to the teacher ended {when}: {_cause(error)}")
 
 
-def _cause(error: PyreqwestError) -> str:
-    """Find the innermost cause, which is what a person can act on; it holds neither headers nor bodies."""
-    causes = error.details["causes"] if isinstance(error, DetailedPyreqwestError) else None
-    return causes[-1]["message"] if causes else error.message
+def _cause(error: Exception) -> str:
+    """Say what a person can act on. The client's own messages are left out: they may quote what was sent."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientSSLError):
+        return "its certificate isn't trusted or TLS failed"
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno).lower()
+    return type(error).__name__
