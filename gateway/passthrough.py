@@ -60,10 +60,8 @@ class Passthrough:
     async def _serve(self, client: Client) -> int:
         caller = self._gate.admit(client.header("authorization"))
         declared = client.declared_bytes()
-        if not client.has_body() or (declared is not None and declared <= _HELD_BYTES):
-            body = await client.read(_HELD_BYTES)
-        else:
-            body = client.pieces()
+        held = not client.has_body() or (declared is not None and declared <= _HELD_BYTES)
+        body = await client.read(_HELD_BYTES) if held else client.pieces()
         async with client.watched():
             response = await self._teacher.forward(
                 client.method, client.target, client.headers, body, authorization=caller.authorization

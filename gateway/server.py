@@ -64,7 +64,7 @@ def serve(settings: Settings, *, config_path: Path | None = None) -> None:
         server = uvicorn.Server(config)
         try:
             if workers > 1:
-                Multiprocess(config, target=server.run, sockets=[listening]).run()
+                Multiprocess(config, sockets=[listening]).run()
             else:
                 server.run(sockets=[listening])
         except KeyboardInterrupt:
@@ -97,9 +97,12 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server((address[0], port), family=family, backlog=_BACKLOG)
+    except socket.gaierror as error:
+        raise ConfigError(f"can't listen on {host}: {error.strerror}") from None
     except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error)
         raise ConfigError(
-            f"can't listen on {host}:{port}: {error.strerror or error}; choose another with --host and --port"
+            f"can't listen on {host}:{port}: {why}; choose another with --host and --port"
         ) from None
 
 

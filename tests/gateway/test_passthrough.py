@@ -1,0 +1,115 @@
+"""Everything else under /v1: to the teacher and back, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+Start = Callable[..., Any]
+ANSWERS = {"hello": "greeting"}
+
+
+@pytest.fixture
+def running(stand_in: Start, gateway: Start) -> Any:
+    return gateway(stand_in(ANSWERS, api_key="teacher-key").url)
+
+
+def test_binary_bodies_come_back_as_they_were(running: Any) -> None:
+    for size in (0, 1, 70_000, 3_000_000):
+        sent = os.urandom(size)
+        answer = httpx.post(f"{running.url}/v1/echo", content=sent, headers={"content-type": "audio/wav"})
+        assert answer.content == sent
+        assert answer.headers["content-type"] == "audio/wav"
+        assert answer.headers["x-understudy-reason"] == "passthrough"
+
+
+def test_a_body_of_unknown_length_is_streamed(running: Any) -> None:
+    def pieces() -> Iterator[bytes]:
+        for _ in range(50):
+            yield b"a" * 10_000
+
+    assert httpx.post(f"{running.url}/v1/echo", content=pieces()).content == b"a" * 500_000
+
+
+def test_a_multipart_upload_arrives_whole(running: Any) -> None:
+    files = {"file": ("train.jsonl", os.urandom(200_000), "application/octet-stream")}
+    request = httpx.Request("POST", f"{running.url}/v1/echo", files=files, data={"purpose": "fine-tune"})
+    sent = request.read()
+    with httpx.Client() as client:
+        answer = client.send(request)
+    assert answer.content == sent
+    assert answer.headers["content-type"] == request.headers["content-type"]
+
+
+def test_events_come_through_while_they_come(running: Any) -> None:
+    with httpx.stream("POST", f"{running.url}/v1/echo/sse", content=b"one\ntwo\nthree\n") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        text = answer.read().decode()
+    assert "data: one\n\n" in text
+    assert "data: three\n\n" in text
+
+
+def test_method_path_and_query_are_kept_and_our_headers_are_not(running: Any) -> None:
+    answer = httpx.request(
+        "DELETE",
+        f"{running.url}/v1/files/a%20b?limit=2&after=x%2Fy",
+        headers={
+            "authorization": "Bearer client-key",
+            "x-understudy-task": "intents",
+            "openai-project": "p1",
+            "cookie": "session=1",
+        },
+    )
+    seen = answer.json()
+    text = answer.text
+    assert seen["method"] == "DELETE"
+    assert "a%20b" in text or "a b" in text
+    assert "limit=2&after=x%2Fy" in text
+    assert "openai-project" in text
+    assert "x-understudy-task" not in text
+    assert "client-key" not in text
+    assert "session=1" not in text
+
+
+def test_an_answer_comes_before_it_is_whole(serve: Start, gateway: Start) -> None:
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        import asyncio
+
+        if scope["type"] != "http":
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+        await asyncio.sleep(0.6)
+        await send({"type": "http.response.body", "body": b"second"})
+
+    running = gateway(serve(slow))
+    began = time.monotonic()
+    with httpx.stream("GET", f"{running.url}/v1/audio") as answer:
+        pieces = answer.iter_raw()
+        assert next(pieces) == b"first"
+        assert time.monotonic() - began < 0.5
+        assert next(pieces) == b"second"
+
+
+def test_an_answer_that_breaks_isnt_made_to_look_whole(serve: Start, gateway: Start) -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+        raise RuntimeError("the power went out")
+
+    running = gateway(serve(broken))
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.get(f"{running.url}/v1/audio")
+
+
+def test_pass_through_is_metered(running: Any) -> None:
+    httpx.get(f"{running.url}/v1/models")
+    assert running.metric("understudy_requests_total", reason="passthrough", code="200") == 1
+    assert running.exchanges() == []

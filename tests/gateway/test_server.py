@@ -1,0 +1,176 @@
+"""`understudy serve` as a command: a child process, as people run it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+Start = Callable[..., Any]
+ROOT = Path(__file__).parents[2]
+BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Start]:
+    """Run `understudy serve` with a configuration; gives the process, once it has said where it listens."""
+    children: list[subprocess.Popen[str]] = []
+
+    def start(config: str, *options: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        (tmp_path / "understudy.toml").write_text(config)
+        child = subprocess.Popen(
+            [sys.executable, "-m", "understudy", "serve", *options],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([*_import_path()]), **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def _import_path() -> list[str]:
+    return [*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(ROOT)]
+
+
+def address_of(child: subprocess.Popen[str]) -> str:
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    found = re.search(r"http://[^ ]+", line)
+    assert found, f"no address in {line!r}: {child.stderr.read() if child.stderr else ''}"
+    return found.group()
+
+
+def wait_until_ready(url: str, within_s: float = 20.0) -> None:
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < deadline, "not ready in time"
+        time.sleep(0.05)
+
+
+def config(teacher: str, more: str = "") -> str:
+    return f'state_dir = "here"\n{more}\n[teacher]\nbase_url = "{teacher}/v1"\n[[task]]\nname = "intents"\n'
+
+
+def test_it_ends_when_requests_are_over(run: Start, stand_in: Start, tmp_path: Path) -> None:
+    teacher = stand_in({"hello": "greeting"}, latency_ms=700, latency_spread=0)
+    child = run(config(teacher.url), "--port", "0")
+    url = address_of(child)
+    wait_until_ready(url)
+    ready = httpx.get(f"{url}/readyz").json()
+    assert ready == {"status": "ready", "log": "writable", "tasks": 1, "live_releases": 0}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json={**BODY, "stream": True}) as answer:
+        child.send_signal(signal.SIGTERM)
+        text = answer.read().decode()
+    assert text.endswith("data: [DONE]\n\n"), "a request under way is finished"
+    assert child.wait(timeout=20) in (0, -signal.SIGTERM)
+    segments = list((tmp_path / "here").rglob("*.jsonl*"))
+    assert [segment.suffix for segment in segments] == [".jsonl"], "sealed on the way out"
+
+
+def test_the_start_line_names_what_matters(run: Start, stand_in: Start) -> None:
+    child = run(config(stand_in({}).url), "--port", "0", env={"OPENAI_API_KEY": "sk-very-secret"})
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    assert "tasks: intents" in line
+    assert "teacher: 127.0.0.1:" in line
+    assert "state: here" in line
+    assert "sk-very-secret" not in line
+
+
+def test_several_workers_count_together(run: Start, stand_in: Start) -> None:
+    child = run(config(stand_in({"hello": "greeting"}).url), "--port", "0", "--workers", "2")
+    url = address_of(child)
+    wait_until_ready(url)
+    for _ in range(20):
+        # A connection each, so that the kernel hands them to both workers.
+        assert httpx.post(f"{url}/v1/chat/completions", json=BODY).status_code == 200
+    for _ in range(4):
+        text = httpx.get(f"{url}/metrics").text
+        counted = re.findall(r"^understudy_requests_total{.*} (\S+)$", text, re.M)
+        assert [float(value) for value in counted] == [20.0]
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=20) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("[server]\nprot = 1\n", [], "unknown key server.prot: did you mean server.port?"),
+        ("", ["--config", "missing.toml"], "there is no configuration file missing.toml"),
+        (
+            'state_dir = "/proc/nowhere"',
+            ["--port", "0"],
+            "the state directory /proc/nowhere can't be written",
+        ),
+        ('[server]\nhost = "no.such.host.invalid"', [], "can't listen on no.such.host.invalid: "),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(run: Start, text: str, options: list[str], expected: str) -> None:
+    out, err = run(text, *options).communicate(timeout=30)
+    assert out == ""
+    assert expected in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(run: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        child = run("", "--port", str(port))
+        _, err = child.communicate(timeout=30)
+    assert child.returncode == 2
+    why = "Address already in use; choose another with --host and --port"
+    assert err.strip().splitlines() == [f"understudy: can't listen on 127.0.0.1:{port}: {why}"]
+
+
+@pytest.mark.parametrize(
+    ("more", "warned"), [("", True), ('[server]\napi_keys = ["k"]\n', False)], ids=["open", "keys"]
+)
+def test_an_open_door_to_the_teachers_key_is_warned_about(
+    run: Start, stand_in: Start, more: str, warned: bool
+) -> None:
+    teacher = stand_in({})
+    env = {"OPENAI_API_KEY": "sk-very-secret"}
+    child = run(config(teacher.url, more), "--port", "0", "--host", "0.0.0.0", env=env)
+    url = address_of(child).replace("0.0.0.0", "127.0.0.1")
+    wait_until_ready(url)
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=20)
+    assert ("SPENDS YOUR MONEY" in err) is warned
+    assert "sk-very-secret" not in err
+
+
+def test_the_gateway_is_light_to_import() -> None:
+    heavy = "sklearn", "scipy", "openai", "pandas", "torch", "matplotlib", "distillation", "httpx"
+    code = f"import sys, gateway.server; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
