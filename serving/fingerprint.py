@@ -168,7 +168,7 @@ def _mask_numbers(text: str) -> str:
 
 
 def _number_end(text: str, start: int, candidate: str) -> int:
-    """Where the number that begins at `start` ends; `candidate` is what could belong to it by its characters."""
+    """Where the number that begins at `start` ends; `candidate` is all that could belong to it."""
     if candidate.strip(_NUMERIC):
         runs = _RUNS.match(text, start)
         end = start + len(candidate) if runs is None else runs.end()

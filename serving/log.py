@@ -75,7 +75,7 @@ class EventLog:
         await batch.done.wait()
         if batch.error is not None:
             # One error object can't be raised by many: each raise adds to its traceback.
-            raise OSError(batch.error.errno, batch.error.strerror or str(batch.error)) from batch.error
+            raise _again(batch.error) from batch.error
 
     async def aclose(self) -> None:
         """Write what was appended, seal the segments, stop the thread. May be called twice."""
@@ -111,6 +111,13 @@ class EventLog:
             raise
         finally:
             self._flusher = None
+
+
+def _again(error: OSError) -> OSError:
+    """The same error as a new object (of the same subclass: OSError chooses it by its number)."""
+    if error.filename is None:
+        return OSError(error.errno, error.strerror or str(error))
+    return OSError(error.errno, error.strerror, str(error.filename))
 
 
 @dataclass(frozen=True, slots=True)

@@ -266,7 +266,9 @@ def _parse_live(data: bytes) -> Live | None:
     match content:
         case {"release": None | str() as release, "generation": int(generation), "previous": list(previous)}:
             names = [*previous, *([] if release is None else [release])]
-            if all(isinstance(name, str) and _RELEASE.fullmatch(name) for name in names):
+            if type(generation) is int and all(
+                isinstance(name, str) and _RELEASE.fullmatch(name) for name in names
+            ):
                 return Live(release, generation, previous)
     return None
 
