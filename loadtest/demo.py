@@ -8,11 +8,10 @@ Then the gateway goes on serving, for whoever wants to try it.
 from __future__ import annotations
 
 import shutil
-import signal
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import orjson
 from rich.console import Console
@@ -22,6 +21,7 @@ from loadtest.results import Results
 from loadtest.stack import Plan, Stack, running
 from loadtest.table import show
 from serving.errors import ConfigError
+from serving.log import LogReader
 from serving.recording import Recorded, read_recording
 
 MODEL = "stand-in"
@@ -94,7 +94,7 @@ def run_demo(demo: Demo, console: Console, *, stay: bool) -> Results:
         results = replay(target, plan, console)
         show(results, console)
         if stay and not results.interrupted:
-            _stay(stack, work, prompt, rows[-1], console)
+            _stay(stack, work, prompt, _typical_text(stack, rows), console)
     return results
 
 
@@ -126,11 +126,20 @@ def _emptied(work: Path) -> Path:
     return work
 
 
-def _stay(stack: Stack, work: Path, prompt: str, row: Recorded, console: Console) -> None:
+def _typical_text(stack: Stack, rows: Sequence[Recorded]) -> str:
+    """Return the message that the student answered last, so that a first try shows it at work."""
+    for exchange in reversed(LogReader(stack.state_dir).exchanges(TASK).exchanges):
+        text = exchange.request["messages"][-1]["content"]
+        if exchange.route == "student" and isinstance(text, str):
+            return text
+    return rows[-1].text
+
+
+def _stay(stack: Stack, work: Path, prompt: str, text: str, console: Console) -> None:
     """Print how to talk to the gateway, and wait for Ctrl-C."""
     body = {
         "model": MODEL,
-        "messages": [{"role": "system", "content": prompt}, {"role": "user", "content": row.text}],
+        "messages": [{"role": "system", "content": prompt}, {"role": "user", "content": text}],
     }
     request = work.resolve() / "request.json"
     request.write_bytes(orjson.dumps(body, option=orjson.OPT_INDENT_2))
@@ -143,22 +152,10 @@ def _stay(stack: Stack, work: Path, prompt: str, row: Recorded, console: Console
     console.out(
         "Its teacher is the stand-in, which knows the recorded messages only. Ctrl-C stops everything."
     )
-    wait_for_a_signal(stack)
-
-
-def wait_for_a_signal(stack: Stack) -> None:
-    """Return on SIGINT or SIGTERM; raise StackError when a process of the stack ends before."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
     try:
         stack.wait()
     except KeyboardInterrupt:
         return
-    finally:
-        signal.signal(signal.SIGTERM, before)
     stack.check()
 
 

@@ -140,7 +140,8 @@ async def _drive(
     loop = asyncio.get_running_loop()
     main = asyncio.current_task()
     assert main is not None  # noqa: S101 - a coroutine always runs in a task
-    for number in (signal.SIGINT, signal.SIGTERM):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
         loop.add_signal_handler(number, main.cancel)
     try:
         async with openai.AsyncOpenAI(
@@ -152,8 +153,9 @@ async def _drive(
     except asyncio.CancelledError:
         run.interrupted = True
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number, handler in before.items():
             loop.remove_signal_handler(number)
+            signal.signal(number, handler)
 
 
 async def _send_all(

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -151,10 +152,17 @@ class Child:
 
 @contextlib.contextmanager
 def running(plan: Plan) -> Iterator[Stack]:
-    """Run a stack while the context lasts. Raises StackError, with the last words of what can't start."""
+    """Run a stack while the context lasts. Raises StackError, with the last words of what can't start.
+
+    A SIGTERM becomes a KeyboardInterrupt meanwhile (in the main thread), so that nothing is left behind.
+    """
     plan.work.mkdir(parents=True, exist_ok=True)
     children: list[Child] = []
+    before = signal.getsignal(signal.SIGTERM)
+    in_main = threading.current_thread() is threading.main_thread()
     try:
+        if in_main:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         options = ["--port", "0", "--model", plan.model, *plan.stand_in_options]
         if plan.latency_ms is not None:
             options += ["--latency-ms", str(plan.latency_ms)]
@@ -172,6 +180,8 @@ def running(plan: Plan) -> Iterator[Stack]:
     finally:
         for child in reversed(children):  # the gateway first: it may still owe audits to its teacher
             child.stop()
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def configuration(plan: Plan, stand_in_url: str, state_dir: Path) -> str:

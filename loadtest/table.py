@@ -20,16 +20,18 @@ def show(results: Results, console: Console) -> None:
 
 
 def _routes(results: Results) -> Table:
-    table = _table("Where requests went", "route", "reason", "requests", "share", "p50", "p99")
+    table = _table("Where requests went", "route", "reason", "requests", "share", "p50 of route", "p99")
+    shown: set[str] = set()
     for entry in results.routes:
-        latency = results.latency.get(entry.route)
+        latency = None if entry.route in shown else results.latency.get(entry.route)
+        shown.add(entry.route)
         table.add_row(
             entry.route,
             entry.reason,
             f"{entry.requests:,}",
             percent(entry.share),
-            "–" if latency is None else f"{latency.p50_s * 1000:.1f} ms",
-            "–" if latency is None else f"{latency.p99_s * 1000:.1f} ms",
+            "" if latency is None else f"{latency.p50_s * 1000:.1f} ms",
+            "" if latency is None else f"{latency.p99_s * 1000:.1f} ms",
         )
     if results.failed:
         table.add_row(
