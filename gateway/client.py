@@ -18,7 +18,7 @@ from serving.errors import RequestError
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-class ClientGone(Exception):  # noqa: N818 - an event, not an error
+class ClientGone(Exception):
     """The client closed its connection before its request was whole."""
 
 

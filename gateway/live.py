@@ -12,10 +12,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from routers.router import Router
-
 from gateway.metrics import Metrics
 from gateway.tasks import Tasks
+from routers.router import Router
 from serving.agreement import Comparison
 from serving.log import LogReader
 from serving.releases import ReleaseStore

@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
 
 import orjson
-from routers.coin import audit_rate
 
 from gateway import names
 from gateway.attempts import Attempts
@@ -26,6 +25,7 @@ from gateway.metrics import NOWHERE, Metrics
 from gateway.reply import JSON_TYPE, SSE_HEADERS, Reply, refused
 from gateway.tasks import Tasks
 from gateway.turn import Arrival, Turn
+from routers.coin import audit_rate
 from serving.chat import SSE_DONE, ChatRequest, chunks, completion, sse
 from serving.errors import RequestError, UnderstudyError, UpstreamError, UpstreamRefused
 from serving.exchange import Json, StudentAnswer

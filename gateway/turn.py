@@ -6,11 +6,10 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
-from routers.router import Decision
-
 from gateway import names
 from gateway.auth import Caller
 from gateway.live import LiveRelease
+from routers.router import Decision
 from serving.chat import ChatRequest
 from serving.exchange import Audit, Exchange, Route, StudentAnswer, TeacherAnswer
 from serving.settings import TaskSettings

@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import uvicorn
 
+from routers.router import Router
 from serving.exchange import Exchange
 from serving.failures import Failures
+from serving.linear import KnownAnswer, LinearStudent, TokenEstimate
 from serving.log import LogReader
 from serving.recording import Recorded, Recording
+from serving.releases import ReleaseStore
 from serving.settings import Settings
 from serving.stand_in import StandIn, create_stand_in
 
@@ -170,3 +174,35 @@ def eventually() -> Callable[[Callable[[], bool]], None]:
             time.sleep(0.02)
 
     return wait
+
+
+@pytest.fixture
+def publish() -> Callable[..., str]:
+    """Write a release and make it live; gives its name.
+
+    Its student is sure of the given answers to texts of two words, and knows nothing about any other text.
+    """
+
+    def write(state_dir: Path, task: str, answers: dict[str, str], *, live: bool = True) -> str:
+        student = LinearStudent(
+            vocabulary=list(answers),
+            words=len(answers),
+            idf=np.ones(len(answers), dtype=np.float32),
+            weights=10 * np.eye(len(answers), dtype=np.float32),
+            intercept=np.zeros(len(answers), dtype=np.float32),
+            answers=[KnownAnswer(answer, [_choice(answer)], 3) for answer in answers.values()],
+            tokens=TokenEstimate(fixed=8.0, per_character=0.25),
+        )
+        router = Router(score_threshold=3.0, slope=1.0, offset=-2.0)
+        store = ReleaseStore(state_dir)
+        files = {**student.files(), "router.json": router.dump()}
+        name = store.write(task, files, {"student": "linear"})
+        if live:
+            store.set_live(task, name)
+        return name
+
+    return write
+
+
+def _choice(text: str) -> dict[str, Any]:
+    return {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}

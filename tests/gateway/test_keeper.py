@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Start = Callable[..., Any]
+BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def test_the_lock_makes_one_keeper(
+    stand_in: Start, gateway: Start, eventually: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="understudy.keeper")
+    state_dir = tmp_path / "state"
+    abandoned = state_dir / "tasks" / "old" / "events" / "00000000-999999999-1.jsonl.open"
+    abandoned.parent.mkdir(parents=True)
+    abandoned.write_bytes(b'{"crc":"torn')
+    with (state_dir / "keeper.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        running = gateway(stand_in({"hello": "x"}).url)
+        assert running.post(json=BODY).status_code == 200
+        assert "is the keeper" not in caplog.text
+        assert abandoned.exists()
+    eventually(lambda: "is the keeper" in caplog.text)
+    eventually(lambda: not abandoned.exists())
+
+
+def test_learning_is_a_child_whose_words_are_logged(
+    stand_in: Start, gateway: Start, eventually: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="understudy.keeper")
+    running = gateway(stand_in({"hello": "x"}).url, learning={"interval_s": 0.2})
+    running.post(json={**BODY, "store": False})
+    assert "learn" not in caplog.text, "nothing was logged, so there is nothing to learn"
+    running.post(json=BODY)
+    eventually(lambda: "learn" in caplog.text)
