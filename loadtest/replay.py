@@ -34,7 +34,7 @@ from serving.exchange import Exchange
 from serving.log import LogReader
 from serving.recording import Recorded
 from serving.releases import ReleaseStore
-from serving.settings import Settings, load_settings
+from serving.settings import AgreementChoice, load_settings
 
 _SETTLE_S = 10.0
 
@@ -74,12 +74,13 @@ class Replay:
 
 @dataclass(slots=True)
 class _Run:
-    """The state of one replay."""
+    """The state of one replay. `state_dir` is the gateway's, None when it can't be known."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     lessons: list[Lesson] = field(default_factory=list)
     interrupted: bool = False
     task: str | None = None
+    state_dir: Path | None = None
 
 
 def order(rows: Sequence[Recorded], *, seed: int | None, limit: int | None) -> list[Recorded]:
@@ -95,16 +96,22 @@ def replay(target: Target, plan: Replay, console: Console) -> Results:
 
     Raises ConfigError for what can't be run, StackError when our own gateway died.
     """
-    settings = load_settings(target.config) if target.config is not None else None
-    if plan.learn_every and settings is None:
+    if plan.learn_every and target.config is None:
         raise ConfigError("--learn-every needs --config, the configuration file of the gateway at --base-url")
-    compare = comparison((settings or Settings()).for_task(target.task or "replay").agreement)
     run = _Run(task=target.task)
+    agreement = AgreementChoice()
+    if target.own_stack is not None:
+        run.state_dir = target.own_stack.state_dir
+    elif target.config is not None:
+        settings = load_settings(target.config)
+        run.state_dir = settings.state_dir
+        agreement = settings.for_task(target.task or "replay").agreement
+    compare = comparison(agreement)
     audits_before = _audits(target.base_url)
     began = time.monotonic()
-    asyncio.run(_drive(target, plan, run, Progress(console, len(plan.rows), compare), settings))
+    asyncio.run(_drive(target, plan, run, Progress(console, len(plan.rows), compare)))
     seconds = time.monotonic() - began
-    exchanges = _settled(settings, run) if settings is not None else []
+    exchanges = _settled(run)
     audits_after = _audits(target.base_url)
     if target.own_stack is not None:
         target.own_stack.check()
@@ -133,9 +140,7 @@ def oracle_share(texts: Sequence[str], answers: Sequence[str], max_disagreement:
     return None
 
 
-async def _drive(
-    target: Target, plan: Replay, run: _Run, progress: Progress, settings: Settings | None
-) -> None:
+async def _drive(target: Target, plan: Replay, run: _Run, progress: Progress) -> None:
     """Send the stream in stretches of `learn_every`, learning after each."""
     loop = asyncio.get_running_loop()
     main = asyncio.current_task()
@@ -149,7 +154,7 @@ async def _drive(
         ) as client:
             sender = Sender(client, target.model, target.task, plan.system_prompt)
             with progress:
-                await _send_all(sender, target, plan, run, progress, settings)
+                await _send_all(sender, target, plan, run, progress)
     except asyncio.CancelledError:
         run.interrupted = True
     finally:
@@ -158,9 +163,7 @@ async def _drive(
             signal.signal(number, handler)
 
 
-async def _send_all(
-    sender: Sender, target: Target, plan: Replay, run: _Run, progress: Progress, settings: Settings | None
-) -> None:
+async def _send_all(sender: Sender, target: Target, plan: Replay, run: _Run, progress: Progress) -> None:
     def count(outcome: Outcome) -> None:
         run.outcomes.append(outcome)
         run.task = run.task or outcome.task
@@ -178,7 +181,7 @@ async def _send_all(
         if plan.seed_rows:
             await sender.send(plan.seed_rows, concurrency=plan.concurrency, report=note)
             if plan.learn_every:
-                await _learn(target, run, progress, settings, after=0)
+                await _learn(target, run, progress, after=0)
         stretch = plan.learn_every or len(plan.rows)
         for start in range(0, len(plan.rows), stretch):
             await sender.send(plan.rows[start : start + stretch], concurrency=plan.concurrency, report=count)
@@ -187,7 +190,7 @@ async def _send_all(
                 continue
             if lesson is not None and not lesson.done():
                 continue  # the last one isn't over yet; two at once would fight over the release
-            lesson = asyncio.create_task(_learn(target, run, progress, settings, after=sent))
+            lesson = asyncio.create_task(_learn(target, run, progress, after=sent))
             if plan.wait:
                 await lesson
         if lesson is not None:
@@ -197,19 +200,17 @@ async def _send_all(
             lesson.cancel()
 
 
-async def _learn(
-    target: Target, run: _Run, progress: Progress, settings: Settings | None, *, after: int
-) -> None:
+async def _learn(target: Target, run: _Run, progress: Progress, *, after: int) -> None:
     """Run one lesson, and return when the gateway serves what came of it."""
-    if target.config is None or settings is None:
+    if target.config is None or run.state_dir is None:
         return
-    await asyncio.to_thread(_settled, settings, run)
+    await asyncio.to_thread(_settled, run)
     progress.learning(f"learning from {after:,} requests")
     lesson = await learn(target.config, run.task, after=after, own_stack=target.own_stack is not None)
     run.lessons.append(lesson)
     release = None
     if run.task is not None and lesson.error is None:
-        live = ReleaseStore(settings.state_dir).live(run.task)
+        live = ReleaseStore(run.state_dir).live(run.task)
         release = live.release if live is not None else None
     if release is not None:
         await asyncio.to_thread(_wait_for_release, target.base_url, run.task, release)
@@ -217,11 +218,11 @@ async def _learn(
     progress.learning(f"after {after:,} requests, {lesson.seconds:.1f} s: {said}")
 
 
-def _settled(settings: Settings, run: _Run) -> list[Exchange]:
+def _settled(run: _Run) -> list[Exchange]:
     """Return the task's log once no audit of it is pending, or as it is after ten seconds."""
-    if run.task is None:
+    if run.task is None or run.state_dir is None:
         return []
-    reader = LogReader(settings.state_dir)
+    reader = LogReader(run.state_dir)
     deadline = time.monotonic() + _SETTLE_S
     while True:
         exchanges = reader.exchanges(run.task).exchanges

@@ -33,7 +33,8 @@ def understudy(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
         [sys.executable, "-m", "understudy", "replay", *arguments],
         cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"},
+        # A person's own settings must not leak into the gateway that a replay starts.
+        env={**os.environ, "UNDERSTUDY_STATE_DIR": "/nowhere"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
