@@ -64,10 +64,12 @@ def serve(
     ] = None,
 ) -> None:
     """Run the gateway."""
-    from gateway.server import serve as run_gateway
     from serving.settings import load_settings
 
     settings = load_settings(config)
+    # Only now: what is wrong with the configuration is said at once.
+    from gateway.server import serve as run_gateway
+
     given = {"host": host, "port": port, "workers": workers}
     server = settings.server.model_copy(
         update={key: value for key, value in given.items() if value is not None}

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import logging
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
@@ -116,8 +117,6 @@ class Gateway:
         return app
 
     async def _readiness(self) -> Response:
-        from fastapi.responses import JSONResponse
-
         if self._parts is None:
             return JSONResponse({"status": "starting"}, status_code=503)
         problem = await asyncio.to_thread(_log_problem, self._settings.state_dir)
@@ -188,8 +187,8 @@ class Gateway:
             metrics=metrics,
         )
         await live.refresh()
-        for work in (live.run(), keeper.run()):
-            stack.push_async_callback(_cancel, asyncio.create_task(work))
+        for name, work in (("the watch for releases", live.run()), ("the keeper", keeper.run())):
+            stack.push_async_callback(_cancel, asyncio.create_task(_guarded(name, work)))
         limit = settings.server.max_body_bytes
         return Parts(
             chat=ChatEndpoint(pipeline, gate, metrics, max_body_bytes=limit),
@@ -198,6 +197,14 @@ class Gateway:
             tasks=tasks,
             live=live,
         )
+
+
+async def _guarded(name: str, work: Coroutine[None, None, None]) -> None:
+    """Run background work; if it ends by an error, requests are served all the same, and the log says so."""
+    try:
+        await work
+    except Exception:
+        log.exception("%s stopped; restart the gateway to have it back", name)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -84,7 +84,7 @@ class RunningStandIn:
     app: StandIn
 
     def stats(self) -> dict[str, int]:
-        stats: dict[str, int] = httpx.get(f"{self.url}/stats").json()
+        stats: dict[str, int] = httpx.get(f"{self.url}/stats", verify=False).json()
         return stats
 
 
@@ -111,7 +111,14 @@ class RunningGateway:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, **{"max_retries": 0, **options})
 
     def post(self, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", **options)
+        return self.request("POST", path, **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return self.request("GET", path, **options)
+
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        # `verify`: nothing is encrypted here, and reading the certificates takes 40 ms each time.
+        return httpx.request(method, f"{self.url}{path}", verify=False, **options)
 
     def exchanges(self) -> list[Exchange]:
         """Return everything in the log, oldest first."""
@@ -122,7 +129,7 @@ class RunningGateway:
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of a metric's samples that have these labels."""
         total = 0.0
-        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+        for line in self.get("/metrics").text.splitlines():
             series, _, value = line.rpartition(" ")
             has_labels = all(f'{key}="{label}"' in series for key, label in labels.items())
             if series.partition("{")[0] == name and has_labels:

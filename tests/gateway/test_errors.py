@@ -35,9 +35,9 @@ def envelope(answer: httpx.Response, status: int) -> dict[str, Any]:
     return error
 
 
-@pytest.mark.parametrize(
-    ("raw", "param"),
-    [
+def test_a_malformed_body_is_the_clients_fault(stand_in: Start, gateway: Start) -> None:
+    running = gateway(stand_in(ANSWERS).url)
+    for raw, param in (
         (b"", None),
         (b"{", None),
         (b"[1]", None),
@@ -47,16 +47,12 @@ def envelope(answer: httpx.Response, status: int) -> dict[str, Any]:
         (b'{"model": "m"}', "messages"),
         (b'{"model": "m", "messages": []}', "messages"),
         (b'{"model": "m", "messages": [{"role": "user", "content": "a"}], "stream": "yes"}', "stream"),
-    ],
-)
-def test_a_malformed_body_is_the_clients_fault(
-    stand_in: Start, gateway: Start, raw: bytes, param: str | None
-) -> None:
-    running = gateway(stand_in(ANSWERS).url)
-    error = envelope(running.post(content=raw), 400)
-    assert error["param"] == param
-    assert error["type"] == "invalid_request_error"
+    ):
+        error = envelope(running.post(content=raw), 400)
+        assert error["param"] == param
+        assert error["type"] == "invalid_request_error"
     assert running.exchanges() == []
+    assert running.metric("understudy_requests_total", reason="refused", code="400") == 9
 
 
 def test_a_huge_body_is_refused_before_and_while_it_is_read(stand_in: Start, gateway: Start) -> None:
@@ -75,25 +71,23 @@ def test_a_huge_body_is_refused_before_and_while_it_is_read(stand_in: Start, gat
 
 def test_the_frameworks_own_errors_are_in_the_envelope(stand_in: Start, gateway: Start) -> None:
     running = gateway(stand_in(ANSWERS).url)
-    envelope(httpx.get(f"{running.url}/nowhere"), 404)
-    envelope(httpx.post(f"{running.url}/healthz"), 405)
-    envelope(httpx.get(f"{running.url}/v1/a/../../stats"), 404)
-    envelope(httpx.get(f"{running.url}/v1/%2e%2e/stats"), 404)
+    envelope(running.get("/nowhere"), 404)
+    envelope(running.post("/healthz"), 405)
+    envelope(running.get("/v1/a/../../stats"), 404)
+    envelope(running.get("/v1/%2e%2e/stats"), 404)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 422, 429, 500, 503])
-def test_a_refusal_of_the_teacher_keeps_its_status(
-    stand_in: Start, gateway: Start, status: int, stream: bool
-) -> None:
+def test_a_refusal_of_the_teacher_keeps_its_status(stand_in: Start, gateway: Start) -> None:
     running = gateway(stand_in(ANSWERS).url)
-    answer = running.post(json=fails(f"status={status};retry-after=7", stream=stream))
-    envelope(answer, status)
-    assert answer.headers["retry-after"] == "7"
-    assert answer.headers["x-understudy-route"] == "teacher"
+    for status in (400, 401, 403, 404, 409, 422, 429, 500, 503):
+        for stream in (False, True):
+            answer = running.post(json=fails(f"status={status};retry-after=7", stream=stream))
+            envelope(answer, status)
+            assert answer.headers["retry-after"] == "7"
+            assert answer.headers["x-understudy-route"] == "teacher"
+        assert running.metric("understudy_requests_total", code=str(status)) == 2
     assert running.exchanges() == []
-    assert running.metric("understudy_upstream_errors_total", kind="status") == 1
-    assert running.metric("understudy_requests_total", code=str(status)) == 1
+    assert running.metric("understudy_upstream_errors_total", kind="status") == 18
 
 
 def test_the_official_client_raises_its_own_errors(stand_in: Start, gateway: Start) -> None:
@@ -116,7 +110,7 @@ def test_an_error_page_of_a_proxy_is_wrapped(serve: Start, gateway: Start) -> No
             await send({"type": "http.response.body", "body": b"<h1>Bad Gateway</h1>"})
 
     running = gateway(serve(proxy))
-    for answer in (running.post(json=body()), httpx.get(f"{running.url}/v1/models")):
+    for answer in (running.post(json=body()), running.get("/v1/models")):
         assert "Bad Gateway" in envelope(answer, 502)["message"]
         assert answer.headers["x-should-retry"] == "false"
 
@@ -127,7 +121,7 @@ def test_a_teacher_that_is_not_there(gateway: Start) -> None:
     running = gateway(f"http://127.0.0.1:{port}")
     for stream in (False, True):
         assert envelope(running.post(json=body(stream=stream)), 502)["type"] == "upstream_error"
-    envelope(httpx.get(f"{running.url}/v1/models"), 502)
+    envelope(running.get("/v1/models"), 502)
 
 
 def test_a_teacher_that_is_silent(stand_in: Start, gateway: Start) -> None:
@@ -173,31 +167,28 @@ def test_retries_reach_the_teacher_within_the_deadline(stand_in: Start, gateway:
     assert teacher.stats()["chat"] == 3
 
 
-@pytest.mark.parametrize(
-    ("given", "kept"),
-    [("my-id-1", True), ("x" * 128, True), ("x" * 129, False), ("two words", False)],
-)
-def test_the_clients_request_id_is_kept_if_it_is_safe(
-    stand_in: Start, gateway: Start, given: str, kept: bool
-) -> None:
+def test_the_clients_request_id_is_kept_if_it_is_safe(stand_in: Start, gateway: Start) -> None:
     running = gateway(stand_in(ANSWERS).url)
-    headers = {"x-request-id": given}
-    answers = [
-        running.post(json=body(), headers=headers),
-        running.post(json={}, headers=headers),
-        httpx.get(f"{running.url}/v1/models", headers=headers),
-        httpx.get(f"{running.url}/nowhere", headers=headers),
-    ]
-    for answer in answers:
-        assert (answer.headers["x-request-id"] == given) is kept
-        assert len(answer.headers.get_list("x-request-id")) == 1
-    assert (running.exchanges()[0].request_id == given) is kept
+    for given, kept in (("my-id-1", True), ("x" * 128, True), ("x" * 129, False), ("two words", False)):
+        headers = {"x-request-id": given}
+        answers = [
+            running.post(json=body(), headers=headers),
+            running.post(json={}, headers=headers),
+            running.get("/v1/models", headers=headers),
+            running.get("/nowhere", headers=headers),
+        ]
+        for answer in answers:
+            assert (answer.headers["x-request-id"] == given) is kept
+            assert len(answer.headers.get_list("x-request-id")) == 1
+        assert (running.exchanges()[-1].request_id == given) is kept
 
 
 def test_a_client_that_leaves_frees_the_teacher(stand_in: Start, gateway: Start, eventually: Start) -> None:
     teacher = stand_in({"hello": "word " * 50}, latency_ms=4000, latency_spread=0)
     running = gateway(teacher.url, teacher={"timeout_s": 20.0})
-    with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body(stream=True)) as answer:
+    with httpx.stream(
+        "POST", f"{running.url}/v1/chat/completions", verify=False, json=body(stream=True)
+    ) as answer:
         next(answer.iter_bytes())
     eventually(lambda: teacher.stats()["disconnected"] == 1)
     eventually(lambda: running.metric("understudy_requests_total", code="499") == 1)
@@ -217,17 +208,17 @@ def test_a_client_that_leaves_before_the_answer_frees_the_teacher(
 
 
 def test_many_clients_leaving_at_once_leave_a_gateway_that_works(stand_in: Start, gateway: Start) -> None:
-    teacher = stand_in({"hello": "word " * 50, "quick": "x"}, latency_ms=2000, latency_spread=0)
+    teacher = stand_in({"hello": "word " * 50, "quick": "x"}, latency_ms=900, latency_spread=0)
     running = gateway(teacher.url, teacher={"timeout_s": 20.0})
 
     def leave() -> None:
         with pytest.raises(httpx.ReadTimeout):
-            running.post(json=body(), timeout=0.5)
+            running.post(json=body(), timeout=0.4)
 
     threads = [threading.Thread(target=leave) for _ in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert httpx.get(f"{running.url}/healthz").json() == {"status": "alive"}
+    assert running.get("/healthz").json() == {"status": "alive"}
     assert running.post(json=body(), timeout=10).status_code == 200

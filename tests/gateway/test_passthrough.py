@@ -22,7 +22,7 @@ def running(stand_in: Start, gateway: Start) -> Any:
 def test_binary_bodies_come_back_as_they_were(running: Any) -> None:
     for size in (0, 1, 70_000, 3_000_000):
         sent = os.urandom(size)
-        answer = httpx.post(f"{running.url}/v1/echo", content=sent, headers={"content-type": "audio/wav"})
+        answer = running.post("/v1/echo", content=sent, headers={"content-type": "audio/wav"})
         assert answer.content == sent
         assert answer.headers["content-type"] == "audio/wav"
         assert answer.headers["x-understudy-reason"] == "passthrough"
@@ -33,7 +33,7 @@ def test_a_body_of_unknown_length_is_streamed(running: Any) -> None:
         for _ in range(50):
             yield b"a" * 10_000
 
-    assert httpx.post(f"{running.url}/v1/echo", content=pieces()).content == b"a" * 500_000
+    assert running.post("/v1/echo", content=pieces()).content == b"a" * 500_000
 
 
 def test_a_multipart_upload_arrives_whole(running: Any) -> None:
@@ -47,7 +47,9 @@ def test_a_multipart_upload_arrives_whole(running: Any) -> None:
 
 
 def test_events_come_through_while_they_come(running: Any) -> None:
-    with httpx.stream("POST", f"{running.url}/v1/echo/sse", content=b"one\ntwo\nthree\n") as answer:
+    with httpx.stream(
+        "POST", f"{running.url}/v1/echo/sse", verify=False, content=b"one\ntwo\nthree\n"
+    ) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         text = answer.read().decode()
     assert "data: one\n\n" in text
@@ -89,7 +91,7 @@ def test_an_answer_comes_before_it_is_whole(serve: Start, gateway: Start) -> Non
 
     running = gateway(serve(slow))
     began = time.monotonic()
-    with httpx.stream("GET", f"{running.url}/v1/audio") as answer:
+    with httpx.stream("GET", f"{running.url}/v1/audio", verify=False) as answer:
         pieces = answer.iter_raw()
         assert next(pieces) == b"first"
         assert time.monotonic() - began < 0.5
@@ -106,10 +108,10 @@ def test_an_answer_that_breaks_isnt_made_to_look_whole(serve: Start, gateway: St
 
     running = gateway(serve(broken))
     with pytest.raises(httpx.RemoteProtocolError):
-        httpx.get(f"{running.url}/v1/audio")
+        running.get("/v1/audio")
 
 
 def test_pass_through_is_metered(running: Any) -> None:
-    httpx.get(f"{running.url}/v1/models")
+    running.get("/v1/models")
     assert running.metric("understudy_requests_total", reason="passthrough", code="200") == 1
     assert running.exchanges() == []

@@ -118,7 +118,6 @@ def test_several_workers_count_together(run: Start, stand_in: Start) -> None:
     ("text", "options", "expected"),
     [
         ("[server]\nprot = 1\n", [], "unknown key server.prot: did you mean server.port?"),
-        ("", ["--config", "missing.toml"], "there is no configuration file missing.toml"),
         (
             'state_dir = "/proc/nowhere"',
             ["--port", "0"],
