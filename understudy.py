@@ -215,5 +215,75 @@ def demo(
     raise typer.Exit(130 if results.interrupted else 1 if results.failed else 0)
 
 
+_Config = Annotated[
+    Path | None,
+    typer.Option("--config", help="The configuration file; absent: understudy.toml, if there is one."),
+]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def tasks(config: _Config = None, json: _AsJson = False) -> None:
+    """List the tasks found in the traffic: volume, answers, spend, and whether a student looks worth it."""
+    from distillation.console import print_json, print_tasks
+    from distillation.economics import summarise
+    from serving.settings import load_settings
+
+    summaries = summarise(load_settings(config))
+    if json:
+        print_json({"tasks": [summary.to_json() for summary in summaries]})
+    else:
+        print_tasks(summaries)
+
+
+@app.command()
+def learn(
+    config: _Config = None,
+    task: Annotated[
+        str | None, typer.Option(help="Learn only this task; absent: every task with a log.")
+    ] = None,
+    json: _AsJson = False,
+    quiet: Annotated[bool, typer.Option(help="No progress line.")] = False,
+) -> None:
+    """Train the next student from the log, look at its promise, and release it if it keeps it."""
+    from distillation.console import print_json, print_lessons, progress_line
+    from distillation.learning import learn as learn_tasks
+    from serving.settings import load_settings
+
+    with progress_line(quiet or json) as progress:
+        lessons = learn_tasks(load_settings(config), task, progress=progress)
+    if json:
+        print_json({"tasks": [lesson.to_json() for lesson in lessons]})
+    else:
+        print_lessons(lessons)
+
+
+@app.command()
+def promote(
+    task: Annotated[str, typer.Argument(help="The task.")],
+    release: Annotated[str, typer.Argument(help="The release to make live, as r0001.")],
+    config: _Config = None,
+) -> None:
+    """Make a release live. Gateways take it in within a second, without a restart."""
+    from serving.releases import ReleaseStore
+    from serving.settings import load_settings
+
+    live = ReleaseStore(load_settings(config).state_dir).set_live(task, release)
+    print(f"{task}: {live.release} is live (generation {live.generation})")
+
+
+@app.command()
+def rollback(
+    task: Annotated[str, typer.Argument(help="The task.")],
+    config: _Config = None,
+) -> None:
+    """Go back to the release before, or to the teacher alone if there was none."""
+    from serving.releases import ReleaseStore
+    from serving.settings import load_settings
+
+    live = ReleaseStore(load_settings(config).state_dir).rollback(task)
+    print(f"{task}: {live.release or 'the teacher alone'} is live (generation {live.generation})")
+
+
 if __name__ == "__main__":
     main()

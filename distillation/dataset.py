@@ -1,0 +1,163 @@
+"""From the log to what a student is fitted and judged on: nothing else is read.
+
+A row is an eligible exchange with a label: the teacher's answer is known, or was owed and never came (`missing`, which
+counts as disagreement in every test and teaches nothing). The traffic of each period is counted whole, labelled or not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from serving.agreement import Comparison
+from serving.exchange import Exchange, Json
+from serving.linear import KnownAnswer, TokenEstimate, unsupported, user_text
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One labelled exchange. `answer` is the normal form of the teacher's answer, None if it is missing."""
+
+    id: str
+    text: str
+    answer: str | None
+    choices: list[Json] | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    teacher_model: str | None
+    release: str | None
+
+
+@dataclass(slots=True)
+class Traffic:
+    """The eligible traffic while one release was live (or none): how much, and its mean audit rate."""
+
+    exchanges: int = 0
+    accepted: int = 0
+    rates: float = 0.0
+
+    @property
+    def audit_rate(self) -> float:
+        """The mean of the audit rates the coins were flipped with."""
+        return self.rates / self.exchanges if self.exchanges else 0.0
+
+
+@dataclass(slots=True)
+class Dataset:
+    """What the log says about one task. `left_out` counts exchanges that aren't used, by why."""
+
+    rows: list[Row] = field(default_factory=list)
+    traffic: dict[str | None, Traffic] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def answers(self) -> list[str]:
+        """The known teacher answers, one a row that has one."""
+        return [row.answer for row in self.rows if row.answer is not None]
+
+    def without_period(self, release: str | None) -> Dataset:
+        """The same without what came while `release` was live: its decisions can't be redone any more."""
+        rows = [row for row in self.rows if row.release != release]
+        traffic = {key: value for key, value in self.traffic.items() if key != release}
+        left_out = self.left_out + Counter({"release is gone": len(self.rows) - len(rows)})
+        return Dataset(rows, traffic, left_out)
+
+
+def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison) -> Dataset:
+    """Sort the exchanges of one task into rows and traffic. Order is kept."""
+    dataset = Dataset()
+    for exchange in exchanges:
+        why_not = _unusable(exchange)
+        if why_not is not None:
+            dataset.left_out[why_not] += 1
+            continue
+        traffic = dataset.traffic.setdefault(exchange.release, Traffic())
+        traffic.exchanges += 1
+        traffic.rates += exchange.audit_rate
+        traffic.accepted += exchange.route == "student"
+        teacher = exchange.teacher
+        if teacher is None and exchange.audit != "missing":
+            continue  # accepted and not audited: traffic without a label
+        usage = teacher.usage if teacher is not None and teacher.usage is not None else {}
+        dataset.rows.append(
+            Row(
+                id=exchange.id,
+                text=user_text(exchange.request),
+                answer=comparison.key(teacher.choices) if teacher is not None else None,
+                choices=teacher.choices if teacher is not None else None,
+                prompt_tokens=usage.get("prompt_tokens"),
+                completion_tokens=usage.get("completion_tokens"),
+                teacher_model=teacher.model if teacher is not None else None,
+                release=exchange.release,
+            )
+        )
+    return dataset
+
+
+def _unusable(exchange: Exchange) -> str | None:
+    if not exchange.eligible:
+        return "not eligible"
+    if exchange.superseded_by is not None:
+        return "superseded by a retry"
+    if exchange.cancelled and exchange.teacher is None:
+        return "cancelled before an answer"
+    if exchange.audit == "pending":
+        return "audit still pending"
+    feature = unsupported(exchange.request)
+    if feature is not None:
+        return f"unsupported: {feature}"
+    if exchange.teacher is not None and not exchange.teacher.trainable:
+        return "teacher not marked trainable"
+    if exchange.teacher is None and exchange.route == "teacher" and exchange.audit != "missing":
+        return "teacher gave no answer"
+    return None
+
+
+def known_answers(rows: Iterable[Row]) -> list[KnownAnswer]:
+    """The closed answer space: every ordinary answer seen, in the form the teacher most often gave it, sorted by key.
+
+    Answers that aren't plain text ended by itself (refusals, cut-off answers: their keys begin with a space) are the
+    teacher's to give.
+    """
+    forms: dict[str, Counter[str]] = {}
+    tokens: dict[str, Counter[int]] = {}
+    for row in rows:
+        if row.answer is None or row.choices is None or row.answer.startswith(" "):
+            continue
+        content = row.choices[0]["message"]["content"]
+        forms.setdefault(row.answer, Counter())[content if isinstance(content, str) else row.answer] += 1
+        if row.completion_tokens is not None:
+            tokens.setdefault(row.answer, Counter())[row.completion_tokens] += 1
+    return [
+        KnownAnswer(
+            key=key,
+            choices=[
+                {
+                    "index": 0,
+                    "message": {
+                        "role": "assistant",
+                        "content": counted.most_common(1)[0][0],
+                        "refusal": None,
+                    },
+                    "logprobs": None,
+                    "finish_reason": "stop",
+                }
+            ],
+            completion_tokens=tokens[key].most_common(1)[0][0] if key in tokens else 0,
+        )
+        for key, counted in sorted(forms.items())
+    ]
+
+
+def token_estimate(rows: Iterable[Row]) -> TokenEstimate:
+    """The teacher's prompt tokens by the length of the user's text: least squares on what its usage said."""
+    pairs = [(len(row.text), row.prompt_tokens) for row in rows if row.prompt_tokens is not None]
+    if not pairs:
+        return TokenEstimate(fixed=0.0, per_character=0.0)
+    mean_length = sum(length for length, _ in pairs) / len(pairs)
+    mean_tokens = sum(tokens for _, tokens in pairs) / len(pairs)
+    spread = sum((length - mean_length) ** 2 for length, _ in pairs)
+    shared = sum((length - mean_length) * (tokens - mean_tokens) for length, tokens in pairs)
+    per_character = max(0.0, shared / spread) if spread > 0 else 0.0
+    return TokenEstimate(fixed=mean_tokens - per_character * mean_length, per_character=per_character)

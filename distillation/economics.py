@@ -1,0 +1,109 @@
+"""What a task costs with the teacher alone, and whether a student looks worth it. Reads the log only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+from distillation.dataset import build_dataset
+from distillation.journal import LookJournal
+from routers.looks import half_is_known, labels_needed, unseen_chance
+from serving.agreement import comparison
+from serving.errors import DamagedRelease
+from serving.exchange import Exchange, Json
+from serving.log import LogReader
+from serving.releases import ReleaseStore
+from serving.settings import RESERVED_TASKS, Settings, TaskSettings
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSummary:
+    """One line of `understudy tasks`.
+
+    `cost_usd` is what was spent, audits and rejected student answers included; `teacher_cost_usd` what one teacher
+    answer costs on average (None: no price is known). `unseen` is the chance that the next answer is new. `outlook`
+    says in words whether a student looks worth it, and why.
+    """
+
+    task: str
+    exchanges: int
+    routes: dict[str, int]
+    labels: int
+    distinct_answers: int
+    unseen: float
+    cost_usd: float
+    teacher_cost_usd: float | None
+    release: str | None
+    outlook: str
+    damaged_lines: int
+
+    def to_json(self) -> Json:
+        """The summary as `--json` prints it."""
+        return asdict(self)
+
+
+def summarise(settings: Settings) -> list[TaskSummary]:
+    """All tasks that have a log, the most expensive first."""
+    reader = LogReader(settings.state_dir)
+    summaries = [_summary(settings, reader, task) for task in reader.tasks()]
+    return sorted(summaries, key=lambda summary: (-summary.cost_usd, -summary.exchanges, summary.task))
+
+
+def _summary(settings: Settings, reader: LogReader, task: str) -> TaskSummary:
+    read = reader.exchanges(task)
+    policy = settings.for_task(task) if task not in RESERVED_TASKS else TaskSettings(name=task)
+    dataset = build_dataset(read.exchanges, comparison(policy.agreement))
+    answers = dataset.answers
+    prices = [
+        e.teacher.cost_usd for e in read.exchanges if e.teacher is not None and e.teacher.cost_usd is not None
+    ]
+    try:
+        live = ReleaseStore(settings.state_dir).live(task)
+    except DamagedRelease:
+        live = None
+    return TaskSummary(
+        task=task,
+        exchanges=len(read.exchanges),
+        routes=dict(Counter(e.route for e in read.exchanges)),
+        labels=len(dataset.rows),
+        distinct_answers=len(set(answers)),
+        unseen=unseen_chance(answers),
+        cost_usd=sum(_cost(e) for e in read.exchanges),
+        teacher_cost_usd=sum(prices) / len(prices) if prices else None,
+        release=live.release if live is not None else None,
+        outlook=_outlook(settings, task, policy, answers, len(dataset.rows), dataset.left_out),
+        damaged_lines=read.damaged,
+    )
+
+
+def _cost(exchange: Exchange) -> float:
+    """What the exchange cost. An audit's answer came after the books of the request were closed: it comes on top."""
+    cost = exchange.cost_usd or 0.0
+    if exchange.route == "student" and exchange.teacher is not None:
+        cost += exchange.teacher.cost_usd or 0.0
+    return cost
+
+
+def _outlook(
+    settings: Settings,
+    task: str,
+    policy: TaskSettings,
+    answers: list[str],
+    labels: int,
+    left_out: Counter[str],
+) -> str:
+    if task in RESERVED_TASKS:
+        return "no: the overflow of server.max_tasks is never learned"
+    if labels == 0 and left_out:
+        reason, count = left_out.most_common(1)[0]
+        return f"no: {count} exchanges can't be used ({reason})"
+    past = LookJournal(settings.state_dir, task).past()
+    needed = labels_needed(past, policy.max_disagreement, policy.certainty)
+    unseen = unseen_chance(answers)
+    if labels < needed:
+        return f"too early: {labels} of {needed} labels for the {'next' if past else 'first'} look"
+    if unseen > policy.max_disagreement:
+        return f"no: {unseen:.0%} of answers are new, so the answer space isn't closed"
+    if not past and not half_is_known(answers):
+        return "too early: most answers were seen only a few times"
+    return "yes: a look is due"

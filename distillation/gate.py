@@ -1,0 +1,107 @@
+"""One look: may a student fitted on today's labels go live, and from which confidence on? Pure: no files, no clock.
+
+`understudy learn` and the simulator both come through here, so what is simulated is what is done.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distillation.dataset import Dataset
+from distillation.evaluation import CrossFit, cross_fit
+from distillation.past import PastRelease
+from routers.calibration import PlattCalibrator
+from routers.looks import spent
+from routers.promise import Admission, Promise
+from routers.propensity import Period, pooled_propensity
+from routers.router import Router
+from serving.settings import TaskPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a look found. `candidate` is the release to be, None when no level passed.
+
+    `delta` is what the look spent. `agreement` is the share of all traffic on which the cross-fitted students agree
+    with the teacher (weighted by 1/propensity); `worst` the answers the student gives that agree least often.
+    """
+
+    number: int
+    labels: int
+    delta: float
+    admission: Admission
+    agreement: float
+    worst: list[tuple[str, int, float]]
+    candidate: PastRelease | None
+
+
+def take_look(
+    dataset: Dataset,
+    past: Mapping[str, PastRelease],
+    policy: TaskPolicy,
+    *,
+    number: int,
+    seed: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Look:
+    """Fit, score out of fold, and test the promise with what look `number` may spend.
+
+    `past` holds every release the dataset's traffic met; periods of others are left out. `seed` deals folds and thins.
+    Raises ValueError when there is nothing to learn from.
+    """
+    for release in [name for name in dataset.traffic if name is not None and name not in past]:
+        dataset = dataset.without_period(release)
+    propensity = _propensity(dataset, past)
+    fitted = cross_fit(dataset.rows, seed=seed, progress=progress)
+    delta = spent(number, 1.0 - policy.certainty)
+    forbidden = frozenset(policy.always_escalate)
+    # Answers that always go to the teacher are never served: they rank below everything.
+    scores = np.where([key in forbidden for key in fitted.predicted], -np.inf, fitted.scores)
+    progress("testing the promise")
+    promise = Promise(policy.max_disagreement, 1.0 - delta, seed=seed)
+    admission = promise.admit(scores, fitted.agreed, propensity=propensity)
+    candidate = None
+    if admission.threshold is not None:
+        calibrator = PlattCalibrator().fit(fitted.scores, fitted.agreed, 1.0 / propensity)
+        candidate = PastRelease(
+            student=fitted.student,
+            router=Router(admission.threshold, calibrator.slope_, calibrator.offset_, forbidden),
+            held_out={
+                row.id: (float(score), key)
+                for row, score, key in zip(dataset.rows, fitted.scores, fitted.predicted, strict=True)
+                if np.isfinite(score)
+            },
+        )
+    return Look(
+        number=number,
+        labels=len(dataset.rows),
+        delta=delta,
+        admission=admission,
+        agreement=float(np.average(fitted.agreed, weights=1.0 / propensity)),
+        worst=_worst(fitted),
+        candidate=candidate,
+    )
+
+
+def _propensity(dataset: Dataset, past: Mapping[str, PastRelease]) -> NDArray[np.float64]:
+    periods = []
+    for name, traffic in dataset.traffic.items():
+        accepted = np.zeros(len(dataset.rows), dtype=np.bool_)
+        if name is not None:
+            release = past[name]
+            accepted[:] = [release.accepts(row.id, row.text) for row in dataset.rows]
+        periods.append(Period(traffic.exchanges, traffic.audit_rate, accepted))
+    return pooled_propensity(periods)
+
+
+def _worst(fitted: CrossFit, most: int = 10) -> list[tuple[str, int, float]]:
+    """The student's answers that agree least: (answer, times given, share that agreed), worst first."""
+    given = Counter(fitted.predicted)
+    agreed = Counter(key for key, ok in zip(fitted.predicted, fitted.agreed, strict=True) if ok)
+    shares = [(key, count, agreed[key] / count) for key, count in given.items() if count >= 5]
+    return sorted(shares, key=lambda item: (item[2], -item[1], item[0]))[:most]

@@ -1,0 +1,222 @@
+"""`understudy learn`: from the log, and nothing but the log, to the next release.
+
+log → dataset → is a look due? → fit, cross-fit, test → release → live. Gateways notice the new `live` by themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from distillation.dataset import Dataset, build_dataset
+from distillation.journal import LookJournal
+from distillation.past import PastRelease, read_past
+from routers.looks import SEEN_ENOUGH, half_is_known, labels_needed, next_look, unseen_chance
+from serving.agreement import comparison
+from serving.errors import DamagedRelease, UnknownRelease, UnknownTask
+from serving.exchange import Exchange, Json
+from serving.log import LogReader
+from serving.releases import ReleaseStore
+from serving.settings import RESERVED_TASKS, Settings, TaskSettings
+
+CARD_SCHEMA = 1
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What learning one task came to.
+
+    `outcome` is `released` (live now), `kept` (passed, but the live release answers more), `held` (no level passed),
+    `not_due` or `declined`; `message` says it to a person. `look` is the report of the look, if one was taken.
+    """
+
+    task: str
+    outcome: str
+    message: str
+    labels: int
+    needed: int | None = None
+    release: str | None = None
+    look: Json | None = None
+
+    def to_json(self) -> Json:
+        """The lesson as `--json` prints it."""
+        return {
+            "task": self.task,
+            "outcome": self.outcome,
+            "message": self.message,
+            "labels": self.labels,
+            "needed": self.needed,
+            "release": self.release,
+            "look": self.look,
+        }
+
+
+def learn(
+    settings: Settings, task: str | None = None, *, progress: Progress = lambda _: None
+) -> list[Lesson]:
+    """Learn one task, or every task that has a log.
+
+    Raises UnknownTask for a task without a log, LearningElsewhere, and OSError as the disk does.
+    """
+    reader = LogReader(settings.state_dir)
+    logged = [name for name in reader.tasks() if name not in RESERVED_TASKS]
+    if task is None:
+        return [_learn_task(settings, reader, name, progress) for name in logged]
+    if task not in logged:
+        known = ", ".join(logged) or "none yet"
+        raise UnknownTask(
+            f"there is no log of task {task!r} under {settings.state_dir}; tasks with one: {known}"
+        )
+    return [_learn_task(settings, reader, task, progress)]
+
+
+def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Progress) -> Lesson:
+    journal = LookJournal(settings.state_dir, task)
+    with journal.alone():
+        policy = settings.for_task(task)
+        progress(f"{task}: reading the log")
+        exchanges = reader.exchanges(task).exchanges
+        if policy.agreement.kind == "numeric":
+            return Lesson(
+                task,
+                "declined",
+                "a linear student needs an agreement with a normal form: exact or json, not numeric",
+                0,
+            )
+        dataset = build_dataset(exchanges, comparison(policy.agreement))
+        waiting = _not_due(task, dataset, journal, policy, exchanges)
+        if waiting is not None:
+            return waiting
+        return _look(settings, task, dataset, journal, policy, exchanges, progress)
+
+
+def _not_due(
+    task: str, dataset: Dataset, journal: LookJournal, policy: TaskSettings, exchanges: Sequence[Exchange]
+) -> Lesson | None:
+    labels = len(dataset.rows)
+    past = journal.past()
+    needed = labels_needed(past, policy.max_disagreement, policy.certainty)
+    if labels < needed:
+        untrainable = dataset.left_out["teacher not marked trainable"]
+        if labels == 0 and untrainable:
+            return Lesson(
+                task,
+                "declined",
+                f"none of {untrainable} answers may be used for training: set teacher.trainable = true if the "
+                "provider's terms allow it",
+                labels,
+                needed,
+            )
+        which = "the first look" if not past else "the next look"
+        wait = _waiting_time(exchanges, labels, needed)
+        return Lesson(task, "not_due", f"{labels} labels; {which} needs {needed}{wait}", labels, needed)
+    unseen = unseen_chance(dataset.answers)
+    if unseen > policy.max_disagreement:
+        return Lesson(
+            task,
+            "declined",
+            f"the answer space isn't closed: {len(set(dataset.answers))} distinct answers in {labels} labels, and the "
+            f"next is new with probability {unseen:.1%} (Good–Turing), above α = {policy.max_disagreement:.1%}",
+            labels,
+        )
+    if not past and not half_is_known(dataset.answers):
+        return Lesson(
+            task,
+            "not_due",
+            f"{labels} labels; the first look waits until half of the traffic gets answers seen {SEEN_ENOUGH} times",
+            labels,
+        )
+    return None
+
+
+def _look(
+    settings: Settings,
+    task: str,
+    dataset: Dataset,
+    journal: LookJournal,
+    policy: TaskSettings,
+    exchanges: Sequence[Exchange],
+    progress: Progress,
+) -> Lesson:
+    from distillation.gate import take_look  # scikit-learn: imported only once a look is due
+    from distillation.report import report_card
+
+    store = ReleaseStore(settings.state_dir)
+    past: dict[str, PastRelease] = {}
+    for name in dataset.traffic:
+        if name is not None:
+            try:
+                past[name] = read_past(store, task, name)
+            except (DamagedRelease, UnknownRelease) as error:
+                progress(f"{task}: leaving out the traffic of release {name}: {error}")
+    labels, number = len(dataset.rows), next_look(journal.past())
+    serial = journal.begin(number, labels)
+    look = take_look(
+        dataset,
+        past,
+        policy,
+        number=number,
+        seed=serial,
+        progress=lambda step: progress(f"{task}: {step} ({labels} labels)"),
+    )
+    card = report_card(look, dataset, policy, releases_so_far=len(store.list(task)))
+    release, outcome = None, "held"
+    if look.candidate is not None and look.admission.coverage is not None:
+        live = store.live(task)
+        serving = _coverage(dataset, live.release) if live is not None and live.release is not None else 0.0
+        outcome = "released" if look.admission.coverage >= serving else "kept"
+        if outcome == "released":
+            release = store.write(
+                task, look.candidate.files(), {"schema": CARD_SCHEMA, "created": time.time(), **card}
+            )
+            store.set_live(task, release)
+    journal.end(
+        serial, number, labels, {"outcome": outcome, "release": release, "coverage": card["coverage"]}
+    )
+    needed = labels_needed(journal.past(), policy.max_disagreement, policy.certainty)
+    message = _message(outcome, release, card, policy) + _waiting_time(exchanges, labels, needed)
+    return Lesson(task, outcome, message, labels, needed, release, card)
+
+
+def _message(outcome: str, release: str | None, card: Json, policy: TaskSettings) -> str:
+    promise = f"at most {policy.max_disagreement:.1%} disagreement, {policy.certainty:.0%} certain"
+    if outcome == "released":
+        return f"{release} is live: answers about {card['coverage']:.0%} with {promise}"
+    if outcome == "kept":
+        return (
+            f"passed at {card['coverage']:.0%} coverage, but the live release answers more; next look follows"
+        )
+    tested = [level for level in card["levels"] if level["p_value"] is not None]
+    if not tested:
+        return f"no level has enough labels yet for {promise}; more labels are needed"
+    last = tested[-1]
+    share = last["disagreements"] / last["accepted"]
+    return (
+        f"not yet: at {last['coverage']:.0%} coverage {share:.1%} of {last['accepted']} labels disagree, "
+        f"p = {last['p_value']:.3f} where {card['delta']:.4f} is needed for {promise}"
+    )
+
+
+def _coverage(dataset: Dataset, release: str) -> float:
+    traffic = dataset.traffic.get(release)
+    return traffic.accepted / traffic.exchanges if traffic is not None and traffic.exchanges else 0.0
+
+
+def _waiting_time(exchanges: Sequence[Exchange], labels: int, needed: int) -> str:
+    """When `needed` labels will be there at the rate they came in so far; empty if that can't be told."""
+    if labels >= needed or labels < 2 or len(exchanges) < 2:
+        return ""
+    seconds = exchanges[-1].created - exchanges[0].created
+    if not (math.isfinite(seconds) and seconds > 0):
+        return ""
+    wait = (needed - labels) * seconds / labels
+    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if wait >= size:
+            return (
+                f"; at this rate the {needed} labels of the next look are there in {wait / size:.0f} {unit}"
+            )
+    return f"; at this rate the {needed} labels of the next look are there within a minute"

@@ -1,0 +1,106 @@
+"""Fitting the student `linear`: TF-IDF features and multinomial logistic regression (Salton & Buckley, 1988).
+
+Features are counted once for all texts; each fit takes its own rows, its own vocabulary and its own IDF from them, so
+nothing of a held-out text reaches the student that scores it.
+
+With fewer texts than features the same optimum is found in far fewer dimensions: by the representer theorem the weights
+lie in the span of the training texts, so the regression runs on coordinates in that span (the eigenvectors of the Gram
+matrix XXᵀ) and is mapped back. It is the same model, 5 to 10 times faster.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from routers.logistic import Logistic, fit_logistic
+from serving.linear import KnownAnswer, LinearStudent, TokenEstimate
+from serving.text_terms import terms
+
+INVERSE_PENALTY = 40.0
+_MAX_GRAM = 4000
+_MAX_FEATURES = 100_000
+
+Ints = NDArray[np.int64]
+
+
+class TermCounts:
+    """How often every term occurs in every text: int matrices [n, F], one of words and one of characters."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        split = [terms(text) for text in texts]
+        self.word_names, self._words = _count([words for words, _ in split])
+        self.character_names, self._characters = _count([characters for _, characters in split])
+
+    def fit(
+        self, rows: Ints, answers: Ints, known: Sequence[KnownAnswer], tokens: TokenEstimate
+    ) -> LinearStudent:
+        """Fit a student to the texts numbered `rows` int[m], whose answers are `known[answers[i]]`, int[m].
+
+        The student knows only the answers among `answers`.
+        """
+        word_columns, word_idf, words = _tfidf(self._words[rows])
+        character_columns, character_idf, characters = _tfidf(self._characters[rows])
+        features = sparse.hstack([words, characters], format="csr", dtype=np.float32) * np.float32(
+            np.sqrt(0.5)
+        )
+        fitted = _fit(features, answers)
+        return LinearStudent(
+            vocabulary=[self.word_names[c] for c in word_columns]
+            + [self.character_names[c] for c in character_columns],
+            words=len(word_columns),
+            idf=np.concatenate([word_idf, character_idf]).astype(np.float32),
+            weights=np.ascontiguousarray(fitted.weights, dtype=np.float32),
+            intercept=fitted.intercept.astype(np.float32),
+            answers=[known[index] for index in fitted.classes],
+            tokens=tokens,
+        )
+
+
+def _count(documents: Sequence[Sequence[str]]) -> tuple[list[str], sparse.csr_array]:
+    columns: dict[str, int] = {}
+    indptr: list[int] = [0]
+    indices: list[int] = []
+    data: list[int] = []
+    for document in documents:
+        counted = Counter(document)
+        indices += [columns.setdefault(term, len(columns)) for term in counted]
+        data += counted.values()
+        indptr.append(len(indices))
+    shape = (len(documents), len(columns))
+    return list(columns), sparse.csr_array((data, indices, indptr), shape=shape, dtype=np.float64)
+
+
+def _tfidf(counts: sparse.csr_array) -> tuple[Ints, NDArray[np.float64], sparse.csr_array]:
+    """The columns in use, their IDF, and the rows as unit vectors of (1+ln tf)·idf with idf = 1+ln((1+n)/(1+df))."""
+    frequency = np.bincount(counts.indices, minlength=counts.shape[1])
+    columns = np.flatnonzero(frequency)
+    if len(columns) > _MAX_FEATURES:
+        columns = np.sort(np.argsort(-frequency, kind="stable")[:_MAX_FEATURES])
+    weighted = counts[:, columns]
+    weighted.data = 1.0 + np.log(weighted.data)
+    idf = 1.0 + np.log((1.0 + counts.shape[0]) / (1.0 + frequency[columns]))
+    # The student serves float32: round first, normalise then, exactly as it will.
+    idf = idf.astype(np.float32).astype(np.float64)
+    weighted = weighted.multiply(idf[None, :]).tocsr()
+    norms = np.sqrt(np.asarray(weighted.multiply(weighted).sum(axis=1)).ravel())
+    norms[norms == 0.0] = 1.0
+    return columns, idf, sparse.csr_array(sparse.diags_array(1.0 / norms) @ weighted)
+
+
+def _fit(features: sparse.csr_array, answers: Ints) -> Logistic:
+    if features.shape[0] > min(_MAX_GRAM, features.shape[1]):
+        return fit_logistic(features, answers, inverse_penalty=INVERSE_PENALTY)
+    gram = (features @ features.T).toarray().astype(np.float64)
+    eigenvalues, vectors = np.linalg.eigh(gram)
+    used = eigenvalues > 1e-6 * max(float(eigenvalues[-1]), 1e-12)
+    roots, vectors = np.sqrt(eigenvalues[used]), vectors[:, used]
+    if not used.any():  # texts without a single term
+        return fit_logistic(features, answers, inverse_penalty=INVERSE_PENALTY)
+    fitted = fit_logistic((vectors * roots).astype(np.float32), answers, inverse_penalty=INVERSE_PENALTY)
+    weights = features.T @ ((vectors / roots) @ fitted.weights)
+    return Logistic(fitted.classes, np.asarray(weights), fitted.intercept)

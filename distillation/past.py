@@ -1,0 +1,60 @@
+"""The releases a task has been through, with decisions that can be redone on any labelled exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import orjson
+
+from routers.router import Router
+from serving.errors import DamagedRelease
+from serving.linear import LinearStudent
+from serving.releases import ReleaseStore
+
+HELD_OUT_FILE = "held_out.json"
+ROUTER_FILE = "router.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PastRelease:
+    """A release's student, its router, and how it scored the rows it was fitted on.
+
+    `held_out` maps the ids of those rows to the score and answer key that cross-fitting gave them: the released
+    student itself has seen them and would be too sure.
+    """
+
+    student: LinearStudent
+    router: Router
+    held_out: Mapping[str, tuple[float, str]]
+
+    def accepts(self, id: str, text: str) -> bool:
+        """Whether the release would have answered, had it not been fitted on this exchange."""
+        scored = self.held_out.get(id)
+        if scored is None:
+            prediction = self.student.predict(text)
+            scored = prediction.score, self.student.answers[prediction.index].key
+        return self.router.decide(*scored).accepted
+
+    def files(self) -> dict[str, bytes]:
+        """The whole as files of a release; `read_past` reads them back."""
+        return {
+            **self.student.files(),
+            ROUTER_FILE: self.router.dump(),
+            HELD_OUT_FILE: orjson.dumps(self.held_out),
+        }
+
+
+def read_past(store: ReleaseStore, task: str, name: str) -> PastRelease:
+    """A release of the store. Raises UnknownRelease or DamagedRelease."""
+    release = store.read(task, name)
+    try:
+        held_out = {
+            id: (float(s), str(k)) for id, (s, k) in orjson.loads(release.files[HELD_OUT_FILE]).items()
+        }
+        router = Router.load(release.files[ROUTER_FILE])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedRelease(
+            f"release {name} of task {task}: {HELD_OUT_FILE} can't be read: {error}"
+        ) from error
+    return PastRelease(LinearStudent.load(release.files), router, held_out)

@@ -1,0 +1,44 @@
+"""The report card: what was tested, what was spent, what passed and why. It goes live with the release."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+
+from distillation.dataset import Dataset
+from distillation.gate import Look
+from routers.looks import unseen_chance
+from serving.exchange import Json
+from serving.settings import TaskPolicy
+
+
+def report_card(look: Look, dataset: Dataset, policy: TaskPolicy, *, releases_so_far: int) -> Json:
+    """The card of a look, passed or not, as JSON. `releases_so_far` doesn't count the one this look may make."""
+    delta = 1.0 - policy.certainty
+    releases = releases_so_far + (look.candidate is not None)
+    router = look.candidate.router if look.candidate is not None else None
+    models = Counter(row.teacher_model for row in dataset.rows if row.teacher_model is not None)
+    return {
+        "student": policy.student.kind,
+        "agreement_kind": policy.agreement.kind,
+        "max_disagreement": policy.max_disagreement,
+        "certainty": policy.certainty,
+        "look": look.number,
+        "delta": look.delta,
+        "labels": look.labels,
+        "missing": sum(1 for row in dataset.rows if row.answer is None),
+        "answers": len(set(dataset.answers)),
+        "unseen_chance": unseen_chance(dataset.answers),
+        "agreement": look.agreement,
+        "coverage": look.admission.coverage,
+        "score_threshold": look.admission.threshold,
+        "threshold": router.threshold if router is not None else None,
+        "levels": [asdict(level) for level in look.admission.levels],
+        "worst_answers": [
+            {"answer": answer, "given": given, "agreed": agreed} for answer, given, agreed in look.worst
+        ],
+        "teacher_models": dict(models),
+        "left_out": dict(dataset.left_out),
+        "releases": releases,
+        "expected_broken": releases * delta,
+    }

@@ -1,0 +1,69 @@
+"""When a promise may be tested, and how much of δ each test spends (STATISTICS.md §3, "Looks").
+
+Testing whenever labels arrive is optional stopping. So a look is due only when the labels have grown by a fixed factor
+since the last one, a rule that doesn't see whether answers agree, and the k-th look since the last release spends
+6δ/(π²k²), which sums to δ. The promise of *each* release is thereby kept with its own δ: R releases in, δR broken ones
+are to be expected at the most, and reports say so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from routers.promise import COVERAGES
+
+GROWTH = 1.25
+"""A look is due when there are this many times the labels of the last look."""
+
+SEEN_ENOUGH = 12
+"""An answer seen this often can have been learned; see `half_is_known`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PastLook:
+    """A look that was taken: its number since the last release, the labels it had, and whether it made a release."""
+
+    look: int
+    labels: int
+    released: bool
+
+
+def spent(look: int, delta: float) -> float:
+    """The part of δ that look number `look` (from 1) spends."""
+    return 6.0 * delta / (math.pi**2 * look**2)
+
+
+def next_look(past: Sequence[PastLook]) -> int:
+    """The number of the next look: counting starts again after a release."""
+    return 1 if not past or past[-1].released else past[-1].look + 1
+
+
+def labels_needed(past: Sequence[PastLook], max_disagreement: float, certainty: float) -> int:
+    """How many labels the next look needs.
+
+    The first: enough for its strictest level to be able to pass. Later ones: `GROWTH` times those of the last.
+    """
+    if past:
+        return math.ceil(past[-1].labels * GROWTH)
+    level = spent(1, 1.0 - certainty)
+    return math.ceil(math.log(level) / math.log(1.0 - max_disagreement) / COVERAGES[0])
+
+
+def unseen_chance(answers: Sequence[str]) -> float:
+    """The chance that the next answer is one never seen before: f₁/n (Good, 1953; Turing). 1 without answers."""
+    if not answers:
+        return 1.0
+    return sum(1 for count in Counter(answers).values() if count == 1) / len(answers)
+
+
+def half_is_known(answers: Sequence[str]) -> bool:
+    """Whether half of the traffic gets answers that were seen at least `SEEN_ENOUGH` times.
+
+    Before that no student can be sure of the 40 % of coverage where testing begins, and a look would be wasted. Like
+    Good–Turing this counts the teacher's answers only; it knows nothing of the student's.
+    """
+    seen = Counter(answers).values()
+    return 2 * sum(count for count in seen if count >= SEEN_ENOUGH) >= sum(seen) > 0
