@@ -94,6 +94,7 @@ class Keeper:
                 sizes = await asyncio.to_thread(self._sizes)
                 if any(size > self._learned.get(task, 0) for task, size in sizes.items() if task != OVERFLOW):
                     self._learned = sizes
+                    log.info("the log has grown: learning")
                     await self._learn()
             except Exception:
                 log.exception("learning failed; trying again")

@@ -31,10 +31,10 @@ def serve(settings: Settings, *, config_path: Path | None = None) -> None:
 
     Raises ConfigError when the address or the state directory can't be used.
     """
-    _configure_logging()
     with ExitStack() as stack:
         listening = stack.enter_context(_bind(settings.server.host, settings.server.port))
         _check_state_dir(settings.state_dir)
+        _configure_logging()
         workers = settings.server.workers
         if workers > 1:
             # Where the workers' metrics meet; prometheus-client looks for it when a worker imports it.

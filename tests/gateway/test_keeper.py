@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,13 @@ def test_the_lock_makes_one_keeper(
     eventually(lambda: not abandoned.exists())
 
 
-def test_learning_is_a_child_whose_words_are_logged(
+def test_it_learns_when_the_log_has_grown(
     stand_in: Start, gateway: Start, eventually: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="understudy.keeper")
     running = gateway(stand_in({"hello": "x"}).url, learning={"interval_s": 0.2})
     running.post(json={**BODY, "store": False})
-    assert "learn" not in caplog.text, "nothing was logged, so there is nothing to learn"
+    time.sleep(0.5)
+    assert "learning" not in caplog.text, "nothing was logged, so there is nothing to learn"
     running.post(json=BODY)
-    eventually(lambda: "learn" in caplog.text)
+    eventually(lambda: "the log has grown: learning" in caplog.text)

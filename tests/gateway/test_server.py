@@ -16,6 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.server import is_exposed, serve
+from serving.errors import ConfigError
+from serving.settings import ServerSettings, Settings
+
 Start = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
@@ -89,16 +93,6 @@ def test_it_ends_when_requests_are_over(run: Start, stand_in: Start, tmp_path: P
     assert [segment.suffix for segment in segments] == [".jsonl"], "sealed on the way out"
 
 
-def test_the_start_line_names_what_matters(run: Start, stand_in: Start) -> None:
-    child = run(config(stand_in({}).url), "--port", "0", env={"OPENAI_API_KEY": "sk-very-secret"})
-    assert child.stdout is not None
-    line = child.stdout.readline()
-    assert "tasks: intents" in line
-    assert "teacher: 127.0.0.1:" in line
-    assert "state: here" in line
-    assert "sk-very-secret" not in line
-
-
 def test_several_workers_count_together(run: Start, stand_in: Start) -> None:
     child = run(config(stand_in({"hello": "greeting"}).url), "--port", "0", "--workers", "2")
     url = address_of(child)
@@ -114,50 +108,61 @@ def test_several_workers_count_together(run: Start, stand_in: Start) -> None:
     assert child.wait(timeout=20) in (0, -signal.SIGTERM)
 
 
-@pytest.mark.parametrize(
-    ("text", "options", "expected"),
-    [
-        ("[server]\nprot = 1\n", [], "unknown key server.prot: did you mean server.port?"),
-        (
-            'state_dir = "/proc/nowhere"',
-            ["--port", "0"],
-            "the state directory /proc/nowhere can't be written",
-        ),
-        ('[server]\nhost = "no.such.host.invalid"', [], "can't listen on no.such.host.invalid: "),
-    ],
-)
-def test_what_is_wrong_is_said_in_one_line(run: Start, text: str, options: list[str], expected: str) -> None:
-    out, err = run(text, *options).communicate(timeout=30)
+def test_what_is_wrong_is_said_in_one_line(run: Start) -> None:
+    child = run("[server]\nprot = 1\n")
+    out, err = child.communicate(timeout=30)
+    assert child.returncode == 2
     assert out == ""
-    assert expected in err
-    assert len(err.strip().splitlines()) == 1
+    assert err == "understudy: unknown key server.prot: did you mean server.port?\n"
 
 
-def test_a_port_that_is_taken_is_said_in_one_line(run: Start) -> None:
+def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        child = run("", "--port", str(port))
-        _, err = child.communicate(timeout=30)
-    assert child.returncode == 2
-    why = "Address already in use; choose another with --host and --port"
-    assert err.strip().splitlines() == [f"understudy: can't listen on 127.0.0.1:{port}: {why}"]
+        settings = Settings(state_dir=tmp_path, server=ServerSettings(port=port))
+        with pytest.raises(
+            ConfigError, match=rf"can't listen on 127\.0\.0\.1:{port}: Address already in use;"
+        ):
+            serve(settings)
 
 
-@pytest.mark.parametrize(
-    ("more", "warned"), [("", True), ('[server]\napi_keys = ["k"]\n', False)], ids=["open", "keys"]
-)
-def test_an_open_door_to_the_teachers_key_is_warned_about(
-    run: Start, stand_in: Start, more: str, warned: bool
-) -> None:
-    teacher = stand_in({})
+def test_a_host_or_folder_that_cant_be_used_is_said(tmp_path: Path) -> None:
+    nowhere = Settings(state_dir=tmp_path, server=ServerSettings(host="no.such.host.invalid"))
+    with pytest.raises(ConfigError, match=r"can't listen on no\.such\.host\.invalid"):
+        serve(nowhere)
+    (tmp_path / "file").write_text("")
+    blocked = Settings(state_dir=tmp_path / "file" / "state", server=ServerSettings(port=0))
+    with pytest.raises(ConfigError, match="the state directory .* can't be written"):
+        serve(blocked)
+
+
+def test_an_open_door_to_the_teachers_key_is_warned_about(run: Start, stand_in: Start) -> None:
     env = {"OPENAI_API_KEY": "sk-very-secret"}
-    child = run(config(teacher.url, more), "--port", "0", "--host", "0.0.0.0", env=env)
-    url = address_of(child).replace("0.0.0.0", "127.0.0.1")
-    wait_until_ready(url)
+    child = run(config(stand_in({}).url), "--port", "0", "--host", "0.0.0.0", env=env)
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    assert "tasks: intents" in line
+    assert "teacher: 127.0.0.1:" in line
+    assert "state: here" in line
+    wait_until_ready(line.split()[3].replace("0.0.0.0", "127.0.0.1"))
     child.send_signal(signal.SIGTERM)
     _, err = child.communicate(timeout=20)
-    assert ("SPENDS YOUR MONEY" in err) is warned
-    assert "sk-very-secret" not in err
+    assert "SPENDS YOUR MONEY" in err
+    assert "sk-very-secret" not in err + line
+
+
+def test_a_door_is_open_only_without_keys_and_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exposed(key: str, **server: Any) -> bool:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        return is_exposed(Settings(server=ServerSettings(**server)))
+
+    assert exposed("k", host="0.0.0.0")
+    assert exposed("k", host="gateway.internal")
+    assert not exposed("k", host="0.0.0.0", api_keys=["own"])
+    assert not exposed("", host="0.0.0.0")
+    assert not exposed("k", host="127.0.0.1")
+    assert not exposed("k", host="::1")
+    assert not exposed("k", host="localhost")
 
 
 def test_the_gateway_is_light_to_import() -> None:
