@@ -123,7 +123,8 @@ class TeacherStream:
                 return self._chunk(event)
             if self._ended:
                 if not self.assembler.finished:
-                    raise UpstreamBroken("the teacher's stream ended in the middle of its answer")
+                    where = "in the middle of its answer" if self.assembler.choices else "without an answer"
+                    raise UpstreamBroken(f"the teacher's stream ended {where}")
                 self._complete = True
                 return None
             piece = await self._response.read_chunk()

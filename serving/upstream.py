@@ -102,6 +102,8 @@ class Upstream:
 
     def __init__(self, base_url: str, *, timeout_s: float, max_connections: int = 1000) -> None:
         self._base = urlsplit(base_url)
+        self._root = urlunsplit(self._base._replace(path=self._base.path.rstrip("/"), query="", fragment=""))
+        self._query = self._base.query
         self._timeout_s = timeout_s
         self._max_connections = max_connections
         self._proxy = _proxy_of(self._base.scheme, self._base.hostname or "")
@@ -115,10 +117,10 @@ class Upstream:
 
     def url(self, path: str) -> str:
         """Say where `path` (with its query) lies: below the base URL's own path, whose query is kept."""
-        path, _, query = path.partition("?")
-        query = "&".join(part for part in (self._base.query, query) if part)
-        base = self._base.path.rstrip("/")
-        return urlunsplit(self._base._replace(path=base + path, query=query, fragment=""))
+        if not self._query:
+            return self._root + path
+        path, mark, query = path.partition("?")
+        return f"{self._root}{path}?{self._query}{mark and '&'}{query}"
 
     async def request(
         self,
