@@ -1,0 +1,146 @@
+"""`understudy learn` for the simulator: the same dataset, look and release, without files; and the oracle's share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from distillation.dataset import Row, build_dataset, known_answers
+from distillation.gate import take_look
+from distillation.linear_training import TermCounts
+from distillation.past import PastRelease
+from routers.looks import PastLook, half_is_known, labels_needed, next_look, unseen_chance
+from routers.router import Router
+from routers.simulator import LiveStudent, Message
+from serving.agreement import comparison
+from serving.exchange import Exchange
+from serving.linear import LinearStudent, TokenEstimate
+from serving.settings import TaskPolicy
+
+
+class SimulatedRelease:
+    """A release as the simulator plays it. Answers are remembered: a text is scored once."""
+
+    def __init__(self, student: LinearStudent, router: Router) -> None:
+        self.router = router
+        self._student = student
+        self._seen: dict[str, tuple[str, float]] = {}
+
+    def predict(self, text: str) -> tuple[str, float]:
+        """The student's answer and score."""
+        if text not in self._seen:
+            prediction = self._student.predict(text)
+            self._seen[text] = self._student.answers[prediction.index].key, prediction.score
+        return self._seen[text]
+
+
+@dataclass(slots=True)
+class SimulatedLearner:
+    """Learns as `understudy learn` does, remembering its looks and releases in memory instead of on disk."""
+
+    policy: TaskPolicy
+    seed: int
+    looks: list[PastLook] = field(default_factory=list)
+    releases: dict[str, PastRelease] = field(default_factory=dict)
+
+    def learn(self, exchanges: Sequence[Exchange]) -> tuple[str, LiveStudent] | None:
+        """A new release if a look is due and passes."""
+        dataset = build_dataset(exchanges, comparison(self.policy.agreement))
+        labels = len(dataset.rows)
+        if labels < labels_needed(self.looks, self.policy.max_disagreement, self.policy.certainty):
+            return None
+        if unseen_chance(dataset.answers) > self.policy.max_disagreement:
+            return None
+        if not self.looks and not half_is_known(dataset.answers):
+            return None
+        number = next_look(self.looks)
+        look = take_look(dataset, self.releases, self.policy, number=number, seed=self.seed + len(self.looks))
+        self.looks.append(PastLook(number, labels, look.candidate is not None))
+        if look.candidate is None:
+            return None
+        name = f"r{len(self.releases) + 1:04d}"
+        self.releases[name] = look.candidate
+        return name, SimulatedRelease(look.candidate.student, look.candidate.router)
+
+
+@dataclass(frozen=True, slots=True)
+class Oracle:
+    """What one fixed score threshold, chosen by hindsight, needs: shares of teacher calls, all and the last 1,000."""
+
+    threshold: float
+    teacher_share: float
+    last_share: float
+    disagreement: float
+    answers: list[str]
+
+
+def oracle(
+    messages: Sequence[Message], max_disagreement: float, *, refit_every: int = 100, steps: int = 7
+) -> Oracle | None:
+    """The floor for this student: the lowest threshold whose accepted answers disagree at most α, without audits.
+
+    The student is refitted after every `refit_every` labels; only escalated messages are labels. Found by bisection
+    over the threshold in `steps` steps; None if even the strictest tried disagrees more.
+    """
+    comparing = comparison(TaskPolicy().agreement)
+    rows = [
+        Row(
+            str(i),
+            m.text,
+            comparing.key(choices := [{"message": {"content": m.teacher}, "finish_reason": "stop"}]),
+            choices,
+            None,
+            None,
+            None,
+            None,
+        )
+        for i, m in enumerate(messages)
+    ]
+    counts = TermCounts([m.text for m in messages])
+    low, high, best = 0.0, 4.0, None
+    for _ in range(steps):
+        middle = (low + high) / 2
+        tried = _fixed_threshold(messages, rows, counts, middle, refit_every)
+        if tried.disagreement <= max_disagreement:
+            best, high = tried, middle
+        else:
+            low = middle
+    return best
+
+
+def _fixed_threshold(
+    messages: Sequence[Message], rows: Sequence[Row], counts: TermCounts, threshold: float, refit_every: int
+) -> Oracle:
+    known = known_answers(rows)
+    place = {answer.key: index for index, answer in enumerate(known)}
+    answers = np.array([place[row.answer or ""] for row in rows])
+    labelled: list[int] = []
+    given: list[str] = []
+    student: LinearStudent | None = None
+    called: list[bool] = []
+    wrong = 0
+    fitted_on = 0
+    for number, message in enumerate(messages):
+        accepted = False
+        if student is not None:
+            prediction = student.predict(message.text)
+            accepted = prediction.score >= threshold
+            if accepted:
+                given.append(student.answers[prediction.index].key)
+                wrong += given[-1] != rows[number].answer
+        called.append(not accepted)
+        if accepted:
+            continue
+        given.append(message.teacher)
+        labelled.append(number)
+        if len(labelled) >= fitted_on + refit_every:
+            fitted_on = len(labelled)
+            training = np.array(labelled)
+            student = counts.fit(training, answers[training], known, TokenEstimate(0.0, 0.0))
+    last = called[-1000:]
+    accepted_count = len(called) - sum(called)
+    return Oracle(
+        threshold, sum(called) / len(called), sum(last) / len(last), wrong / max(1, accepted_count), given
+    )
