@@ -132,7 +132,7 @@ def test_a_host_or_folder_that_cant_be_used_is_said(tmp_path: Path) -> None:
         serve(nowhere)
     (tmp_path / "file").write_text("")
     blocked = Settings(state_dir=tmp_path / "file" / "state", server=ServerSettings(port=0))
-    with pytest.raises(ConfigError, match="the state directory .* can't be written"):
+    with pytest.raises(ConfigError, match=r"the state directory .* can't be written"):
         serve(blocked)
 
 
