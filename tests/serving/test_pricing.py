@@ -17,6 +17,8 @@ from serving.settings import Price
 
 ROOT = Path(__file__).parents[2]
 OPENAI = next(provider for provider in providers if provider.id == "openai")
+# The ids of fine-tuned models are prefixes: only the names made from them are known.
+MODELS = [model.id for model in OPENAI.models if not model.id.startswith("ft:")]
 PRICES = PriceList(None, base_url="https://api.openai.com/v1")
 
 
@@ -34,7 +36,7 @@ def test_the_list_knows_what_an_answer_cost() -> None:
 
 @settings(deadline=None)
 @given(
-    model=st.sampled_from([model.id for model in OPENAI.models]),
+    model=st.sampled_from(MODELS),
     asked=st.integers(0, 2_000_000),
     cached=st.floats(0, 1),
     answered=st.integers(0, 200_000),
@@ -68,6 +70,14 @@ def test_other_names_of_a_model(name: str, same_as: str) -> None:
     usage = {"prompt_tokens": 1000, "completion_tokens": 10}
     prices = PriceList(None)
     assert prices.cost(name, usage)[0] == prices.cost(same_as, usage)[0] is not None
+
+
+def test_a_fine_tuned_model_has_its_own_price() -> None:
+    usage = {"prompt_tokens": 1000, "completion_tokens": 100}
+    tuned, _ = PRICES.cost("ft:gpt-4o-mini-2024-07-18:acme::abc", usage)
+    plain, _ = PRICES.cost("gpt-4o-mini", usage)
+    assert tuned is not None and plain is not None
+    assert tuned > plain
 
 
 def test_a_service_tier_has_its_own_price() -> None:

@@ -285,10 +285,11 @@ def test_no_head_in_time() -> None:
 def test_silence_in_the_middle(read: Callable[[UpstreamResponse], Awaitable[bytes | None]]) -> None:
     async def scenario() -> None:
         async with serving(stalls_in_the_middle) as server, upstream_of(server, timeout_s=0.2) as upstream:
-            async with await upstream.request("POST", "/x", headers=[], body=b"{}") as response:
-                with pytest.raises(UpstreamTimeout, match="fell silent in the middle"):
-                    while await read(response):
-                        pass
+            response = await upstream.request("POST", "/x", headers=[], body=b"{}")
+            with pytest.raises(UpstreamTimeout, match="fell silent in the middle"):
+                while await read(response):
+                    pass
+            await response.aclose()
 
     run(scenario())
 
