@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from distillation.dataset import build_dataset
+from distillation.dataset import Dataset, build_dataset
+from distillation.due import not_due
 from distillation.journal import LookJournal
-from routers.looks import half_is_known, labels_needed, unseen_chance
+from routers.looks import unseen_chance
 from serving.agreement import comparison
 from serving.errors import DamagedRelease
 from serving.exchange import Exchange, Json
@@ -71,7 +72,7 @@ def _summary(settings: Settings, reader: LogReader, task: str) -> TaskSummary:
         cost_usd=sum(_cost(e) for e in read.exchanges),
         teacher_cost_usd=sum(prices) / len(prices) if prices else None,
         release=live.release if live is not None else None,
-        outlook=_outlook(settings, task, policy, answers, len(dataset.rows), dataset.left_out),
+        outlook=_outlook(settings, task, policy, dataset),
         damaged_lines=read.damaged,
     )
 
@@ -84,26 +85,13 @@ def _cost(exchange: Exchange) -> float:
     return cost
 
 
-def _outlook(
-    settings: Settings,
-    task: str,
-    policy: TaskSettings,
-    answers: list[str],
-    labels: int,
-    left_out: Counter[str],
-) -> str:
+def _outlook(settings: Settings, task: str, policy: TaskSettings, dataset: Dataset) -> str:
     if task in RESERVED_TASKS:
         return "no: the overflow of server.max_tasks is never learned"
-    if labels == 0 and left_out:
-        reason, count = left_out.most_common(1)[0]
+    if not dataset.rows and dataset.left_out:
+        reason, count = dataset.left_out.most_common(1)[0]
         return f"no: {count} exchanges can't be used ({reason})"
-    past = LookJournal(settings.state_dir, task).past()
-    needed = labels_needed(past, policy.max_disagreement, policy.certainty)
-    unseen = unseen_chance(answers)
-    if labels < needed:
-        return f"too early: {labels} of {needed} labels for the {'next' if past else 'first'} look"
-    if unseen > policy.max_disagreement:
-        return f"no: {unseen:.0%} of answers are new, so the answer space isn't closed"
-    if not past and not half_is_known(answers):
-        return "too early: most answers were seen only a few times"
-    return "yes: a look is due"
+    waiting = not_due(dataset, LookJournal(settings.state_dir, task).past(), policy)
+    if waiting is None:
+        return "yes: a look is due"
+    return f"{'no' if waiting.declined else 'too early'}: {waiting.message}"

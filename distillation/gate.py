@@ -16,7 +16,7 @@ from distillation.dataset import Dataset
 from distillation.evaluation import CrossFit, cross_fit
 from distillation.past import PastRelease
 from routers.calibration import PlattCalibrator
-from routers.looks import spent
+from routers.looks import GRID, spent
 from routers.promise import Admission, Promise
 from routers.propensity import Period, pooled_propensity
 from routers.router import Router
@@ -64,7 +64,7 @@ def take_look(
     scores = np.where([key in forbidden for key in fitted.predicted], -np.inf, fitted.scores)
     progress("testing the promise")
     promise = Promise(policy.max_disagreement, 1.0 - delta, seed=seed)
-    admission = promise.admit(scores, fitted.agreed, propensity=propensity)
+    admission = promise.admit(scores, fitted.agreed, propensity=propensity, grid=GRID)
     candidate = None
     if admission.threshold is not None:
         calibrator = PlattCalibrator().fit(fitted.scores, fitted.agreed, 1.0 / propensity)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from distillation.dataset import Dataset, build_dataset
+from distillation.due import not_due
 from distillation.journal import LookJournal
 from distillation.past import PastRelease, read_past
-from routers.looks import SEEN_ENOUGH, half_is_known, labels_needed, next_look, unseen_chance
+from routers.looks import labels_needed, next_look
 from serving.agreement import comparison
 from serving.errors import DamagedRelease, UnknownRelease, UnknownTask
 from serving.exchange import Exchange, Json
@@ -80,57 +81,14 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         policy = settings.for_task(task)
         progress(f"{task}: reading the log")
         exchanges = reader.exchanges(task).exchanges
-        if policy.agreement.kind == "numeric":
-            return Lesson(
-                task,
-                "declined",
-                "a linear student needs an agreement with a normal form: exact or json, not numeric",
-                0,
-            )
         dataset = build_dataset(exchanges, comparison(policy.agreement))
-        waiting = _not_due(task, dataset, journal, policy, exchanges)
+        waiting = not_due(dataset, journal.past(), policy)
         if waiting is not None:
-            return waiting
+            labels = len(dataset.rows)
+            when = _waiting_time(exchanges, labels, waiting.needed or 0)
+            outcome = "declined" if waiting.declined else "not_due"
+            return Lesson(task, outcome, waiting.message + when, labels, waiting.needed)
         return _look(settings, task, dataset, journal, policy, exchanges, progress)
-
-
-def _not_due(
-    task: str, dataset: Dataset, journal: LookJournal, policy: TaskSettings, exchanges: Sequence[Exchange]
-) -> Lesson | None:
-    labels = len(dataset.rows)
-    past = journal.past()
-    needed = labels_needed(past, policy.max_disagreement, policy.certainty)
-    if labels < needed:
-        untrainable = dataset.left_out["teacher not marked trainable"]
-        if labels == 0 and untrainable:
-            return Lesson(
-                task,
-                "declined",
-                f"none of {untrainable} answers may be used for training: set teacher.trainable = true if the "
-                "provider's terms allow it",
-                labels,
-                needed,
-            )
-        which = "the first look" if not past else "the next look"
-        wait = _waiting_time(exchanges, labels, needed)
-        return Lesson(task, "not_due", f"{labels} labels; {which} needs {needed}{wait}", labels, needed)
-    unseen = unseen_chance(dataset.answers)
-    if unseen > policy.max_disagreement:
-        return Lesson(
-            task,
-            "declined",
-            f"the answer space isn't closed: {len(set(dataset.answers))} distinct answers in {labels} labels, and the "
-            f"next is new with probability {unseen:.1%} (Good–Turing), above α = {policy.max_disagreement:.1%}",
-            labels,
-        )
-    if not past and not half_is_known(dataset.answers):
-        return Lesson(
-            task,
-            "not_due",
-            f"{labels} labels; the first look waits until half of the traffic gets answers seen {SEEN_ENOUGH} times",
-            labels,
-        )
-    return None
 
 
 def _look(

@@ -4,8 +4,8 @@ Features are counted once for all texts; each fit takes its own rows, its own vo
 nothing of a held-out text reaches the student that scores it.
 
 With fewer texts than features the same optimum is found in far fewer dimensions: by the representer theorem the weights
-lie in the span of the training texts, so the regression runs on coordinates in that span (the eigenvectors of the Gram
-matrix XXᵀ) and is mapped back. It is the same model, 5 to 10 times faster.
+lie in the span of the training texts, so the regression runs on coordinates in that span (the Cholesky factor L of the
+Gram matrix XXᵀ = LLᵀ) and is mapped back. It is the same model, several times faster.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
+from scipy.linalg import solve_triangular
 
 from routers.logistic import Logistic, fit_logistic
 from serving.linear import KnownAnswer, LinearStudent, TokenEstimate
@@ -96,11 +97,9 @@ def _fit(features: sparse.csr_array, answers: Ints) -> Logistic:
     if features.shape[0] > min(_MAX_GRAM, features.shape[1]):
         return fit_logistic(features, answers, inverse_penalty=INVERSE_PENALTY)
     gram = (features @ features.T).toarray().astype(np.float64)
-    eigenvalues, vectors = np.linalg.eigh(gram)
-    used = eigenvalues > 1e-6 * max(float(eigenvalues[-1]), 1e-12)
-    roots, vectors = np.sqrt(eigenvalues[used]), vectors[:, used]
-    if not used.any():  # texts without a single term
-        return fit_logistic(features, answers, inverse_penalty=INVERSE_PENALTY)
-    fitted = fit_logistic((vectors * roots).astype(np.float32), answers, inverse_penalty=INVERSE_PENALTY)
-    weights = features.T @ ((vectors / roots) @ fitted.weights)
+    # Equal texts make the matrix singular; this much of a ridge is far below the penalty.
+    gram[np.diag_indices_from(gram)] += 1e-5
+    coordinates = np.linalg.cholesky(gram)
+    fitted = fit_logistic(coordinates.astype(np.float32), answers, inverse_penalty=INVERSE_PENALTY)
+    weights = features.T @ solve_triangular(coordinates, fitted.weights, lower=True, trans="T")
     return Logistic(fitted.classes, np.asarray(weights), fitted.intercept)

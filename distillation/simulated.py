@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from distillation.dataset import Row, build_dataset, known_answers
+from distillation.due import not_due
 from distillation.gate import take_look
 from distillation.linear_training import TermCounts
 from distillation.past import PastRelease
-from routers.looks import PastLook, half_is_known, labels_needed, next_look, unseen_chance
+from routers.looks import PastLook, next_look
 from routers.router import Router
 from routers.simulator import LiveStudent, Message
 from serving.agreement import comparison
@@ -48,16 +49,11 @@ class SimulatedLearner:
     def learn(self, exchanges: Sequence[Exchange]) -> tuple[str, LiveStudent] | None:
         """A new release if a look is due and passes."""
         dataset = build_dataset(exchanges, comparison(self.policy.agreement))
-        labels = len(dataset.rows)
-        if labels < labels_needed(self.looks, self.policy.max_disagreement, self.policy.certainty):
-            return None
-        if unseen_chance(dataset.answers) > self.policy.max_disagreement:
-            return None
-        if not self.looks and not half_is_known(dataset.answers):
+        if not_due(dataset, self.looks, self.policy) is not None:
             return None
         number = next_look(self.looks)
         look = take_look(dataset, self.releases, self.policy, number=number, seed=self.seed + len(self.looks))
-        self.looks.append(PastLook(number, labels, look.candidate is not None))
+        self.looks.append(PastLook(number, look.labels, look.candidate is not None))
         if look.candidate is None:
             return None
         name = f"r{len(self.releases) + 1:04d}"

@@ -5,6 +5,7 @@ Imported only where something is fitted: scikit-learn takes 1.6 s to import, and
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,10 @@ def fit_logistic(
     if len(known) == 1:
         return Logistic(known, np.zeros((features.shape[1], 1)), np.zeros(1))
     model = LogisticRegression(C=inverse_penalty, tol=_TOLERANCE, max_iter=_MAX_ITERATIONS)
-    model.fit(features, classes, sample_weight=sample_weight)
+    with warnings.catch_warnings():
+        # Many answers seen once or twice are what a young log looks like, not a regression problem.
+        warnings.filterwarnings("ignore", message="The number of unique classes is greater than 50%")
+        model.fit(features, classes, sample_weight=sample_weight)
     weights = np.asarray(model.coef_, dtype=np.float64).T
     intercept = np.asarray(model.intercept_, dtype=np.float64)
     if len(known) == 2:

@@ -13,13 +13,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from routers.promise import COVERAGES
+from routers.promise import Promise
 
 GROWTH = 1.25
 """A look is due when there are this many times the labels of the last look."""
 
-SEEN_ENOUGH = 12
+SEEN_ENOUGH = 10
 """An answer seen this often can have been learned; see `half_is_known`."""
+
+GRID: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(4, 21))
+"""The coverages a look tests: 20, 25, … 100 %. Starting below the reference grid's 40 % lets a student that is still
+weak answer the easiest fifth, after which the next release has its full δ again (docs/lab-notes.md)."""
+
+_FIRST_COVERAGE = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +50,12 @@ def next_look(past: Sequence[PastLook]) -> int:
 def labels_needed(past: Sequence[PastLook], max_disagreement: float, certainty: float) -> int:
     """How many labels the next look needs.
 
-    The first: enough for its strictest level to be able to pass. Later ones: `GROWTH` times those of the last.
+    The first: enough for a level of 40 % to be able to pass. Later ones: `GROWTH` times those of the last.
     """
     if past:
         return math.ceil(past[-1].labels * GROWTH)
-    level = spent(1, 1.0 - certainty)
-    return math.ceil(math.log(level) / math.log(1.0 - max_disagreement) / COVERAGES[0])
+    first = Promise(max_disagreement, 1.0 - spent(1, 1.0 - certainty))
+    return math.ceil(first.least_accepted / _FIRST_COVERAGE)
 
 
 def unseen_chance(answers: Sequence[str]) -> float:
@@ -62,8 +68,8 @@ def unseen_chance(answers: Sequence[str]) -> float:
 def half_is_known(answers: Sequence[str]) -> bool:
     """Whether half of the traffic gets answers that were seen at least `SEEN_ENOUGH` times.
 
-    Before that no student can be sure of the 40 % of coverage where testing begins, and a look would be wasted. Like
-    Good–Turing this counts the teacher's answers only; it knows nothing of the student's.
+    Before that hardly any student can be sure of enough of them, and a look would be wasted. Like Good–Turing this
+    counts the teacher's answers only: it knows nothing of the student's.
     """
     seen = Counter(answers).values()
     return 2 * sum(count for count in seen if count >= SEEN_ENOUGH) >= sum(seen) > 0

@@ -1,16 +1,16 @@
 """Every error we raise on purpose, in one tree. Foreign errors are translated where they enter.
 
-    UnderstudyError
-    ├── ConfigError            a setting is unknown, missing or out of range
-    ├── RecordingError         a recording can't be read
-    ├── DamagedRelease         a release's files are missing or don't match their checksums
-    ├── UnknownTask, UnknownRelease
-    ├── TooFewExchanges        not enough in the log to learn from; the message says how many more
-    ├── RequestError           the client's fault: becomes OpenAI's envelope with its own status
-    └── UpstreamError          the teacher answered with an error, or not at all
-        ├── UpstreamRefused    a status of 400 or more, with the upstream's own body
-        ├── UpstreamTimeout    no answer within the deadline
-        └── UpstreamBroken     no connection, or one that ended in the middle of an answer
+UnderstudyError
+├── ConfigError            a setting is unknown, missing or out of range
+├── RecordingError         a recording can't be read
+├── DamagedRelease         a release's files are missing or don't match their checksums
+├── UnknownTask, UnknownRelease
+├── TooFewExchanges        not enough in the log to learn from; the message says how many more
+├── RequestError           the client's fault: becomes OpenAI's envelope with its own status
+└── UpstreamError          the teacher answered with an error, or not at all
+    ├── UpstreamRefused    a status of 400 or more, with the upstream's own body
+    ├── UpstreamTimeout    no answer within the deadline
+    └── UpstreamBroken     no connection, or one that ended in the middle of an answer
 """
 
 from __future__ import annotations

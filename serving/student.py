@@ -32,5 +32,6 @@ def load_student(release: Release) -> Student:
     if kind == "linear":
         return LinearStudent.load(release.files)
     raise DamagedRelease(
-        f"release {release.name} of task {release.task} holds a student of kind {kind!r}, which this version can't serve"
+        f"release {release.name} of task {release.task} holds a student of kind {kind!r}, "
+        "which this version can't serve"
     )

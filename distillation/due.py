@@ -1,0 +1,58 @@
+"""Whether a look is due. Counts labels and the teacher's answers; never asks whether a student agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distillation.dataset import Dataset
+from routers.looks import SEEN_ENOUGH, PastLook, half_is_known, labels_needed, unseen_chance
+from serving.settings import TaskPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class NotDue:
+    """Why no look is taken now. `declined`: more of the same traffic won't change it by itself.
+
+    `needed` is the number of labels that was missed, None if the number isn't what is missing.
+    """
+
+    declined: bool
+    message: str
+    needed: int | None = None
+
+
+def not_due(dataset: Dataset, past: Sequence[PastLook], policy: TaskPolicy) -> NotDue | None:
+    """Why the next look isn't due yet, or None: it is."""
+    if policy.agreement.kind == "numeric":
+        return NotDue(
+            True, "a linear student needs an agreement with a normal form: exact or json, not numeric"
+        )
+    labels = len(dataset.rows)
+    needed = labels_needed(past, policy.max_disagreement, policy.certainty)
+    untrainable = dataset.left_out["teacher not marked trainable"]
+    if labels == 0 and untrainable:
+        return NotDue(
+            True,
+            f"none of {untrainable} answers may be used for training: set teacher.trainable = true "
+            "if the provider's terms allow it",
+        )
+    if labels < needed:
+        return NotDue(
+            False, f"{labels} labels; the {'next' if past else 'first'} look needs {needed}", needed
+        )
+    answers = dataset.answers
+    unseen = unseen_chance(answers)
+    if unseen > policy.max_disagreement:
+        return NotDue(
+            True,
+            f"the answer space isn't closed: {len(set(answers))} distinct answers in {labels} labels, and the next "
+            f"is new with probability {unseen:.1%} (Good–Turing), above α = {policy.max_disagreement:.1%}",
+        )
+    if not past and not half_is_known(answers):
+        return NotDue(
+            False,
+            f"{labels} labels; the first look waits until half of the traffic gets answers "
+            f"seen {SEEN_ENOUGH} times",
+        )
+    return None
