@@ -14,6 +14,9 @@ from serving.agreement import Comparison
 from serving.exchange import Exchange, Json
 from serving.linear import KnownAnswer, TokenEstimate, unsupported, user_text
 
+STALE_AUDIT_S = 3600.0
+"""An audit that is still owed after so long counts as missing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -65,10 +68,19 @@ class Dataset:
 
 
 def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison) -> Dataset:
-    """Sort the exchanges of one task into rows and traffic. Order is kept."""
+    """Sort the exchanges of one task, oldest first, into rows and traffic. Order is kept.
+
+    Nothing after the oldest audit that is still owed is used: leaving out just the audits that are under way would
+    make audited traffic look rarer than it is. One owed for longer than an hour is missing.
+    """
+    ordered = list(exchanges)
+    stale = ordered[-1].created - STALE_AUDIT_S if ordered else 0.0
     dataset = Dataset()
-    for exchange in exchanges:
-        why_not = _unusable(exchange)
+    waiting = False
+    for exchange in ordered:
+        owed = exchange.audit == "pending" and _unusable(exchange) is None
+        waiting = waiting or (owed and exchange.created >= stale)
+        why_not = "behind an audit still pending" if waiting else _unusable(exchange)
         if why_not is not None:
             dataset.left_out[why_not] += 1
             continue
@@ -77,7 +89,7 @@ def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison) -> Data
         traffic.rates += exchange.audit_rate
         traffic.accepted += exchange.route == "student"
         teacher = exchange.teacher
-        if teacher is None and exchange.audit != "missing":
+        if teacher is None and exchange.audit not in ("missing", "pending"):
             continue  # accepted and not audited: traffic without a label
         usage = teacher.usage if teacher is not None and teacher.usage is not None else {}
         dataset.rows.append(
@@ -100,10 +112,10 @@ def _unusable(exchange: Exchange) -> str | None:
         return "not eligible"
     if exchange.superseded_by is not None:
         return "superseded by a retry"
-    if exchange.cancelled and exchange.teacher is None:
-        return "cancelled before an answer"
-    if exchange.audit == "pending":
-        return "audit still pending"
+    if (
+        exchange.cancelled
+    ):  # also those that were audited: whether they were must not decide whether they count
+        return "cancelled by the client"
     feature = unsupported(exchange.request)
     if feature is not None:
         return f"unsupported: {feature}"

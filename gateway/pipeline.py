@@ -163,6 +163,8 @@ class Pipeline:
                 )
             return names.REASON_NO_RELEASE
         if not self._gate.verified(turn.arrival.caller):
+            # Not the router's doing, so nothing the promise may count (STATISTICS.md §1).
+            turn.eligible = False
             return names.REASON_UNVERIFIED_KEY
         began = time.perf_counter()
         try:
@@ -184,6 +186,7 @@ class Pipeline:
         except Exception:
             log.exception("task %s: the student of release %s failed", turn.task, release.name)
             self._metrics.record_upstream_error(_STUDENT, "broken")
+            turn.eligible = False
             return names.REASON_STUDENT_ERROR
         finally:
             took = time.perf_counter() - began

@@ -120,15 +120,20 @@ def replay(target: Target, plan: Replay, console: Console) -> Results:
         compare=compare,
         exchanges=exchanges,
         audits=None if audits_before is None or audits_after is None else audits_after - audits_before,
-        oracle_share=oracle_share(
-            [outcome.row.text for outcome in run.outcomes],
-            [outcome.row.teacher or "" for outcome in run.outcomes],
-            plan.max_disagreement,
-        ),
+        oracle_share=_floor(run, plan, console) if plan.learn_every else None,
         lessons=run.lessons,
         seconds=seconds,
         interrupted=run.interrupted,
     )
+
+
+def _floor(run: _Run, plan: Replay, console: Console) -> float | None:
+    with console.status("finding the floor: the best threshold in hindsight …"):
+        return oracle_share(
+            [outcome.row.text for outcome in run.outcomes],
+            [outcome.row.teacher or "" for outcome in run.outcomes],
+            plan.max_disagreement,
+        )
 
 
 def oracle_share(texts: Sequence[str], answers: Sequence[str], max_disagreement: float) -> float | None:
@@ -137,7 +142,14 @@ def oracle_share(texts: Sequence[str], answers: Sequence[str], max_disagreement:
     It is the share of teacher calls (0 to 1) that the same student would have needed with its threshold known
     in hindsight and no audits; `texts` and the teacher's `answers` are in the order of the stream.
     """
-    return None
+    from distillation.simulated import oracle
+    from routers.simulator import Message
+
+    if len(set(answers)) < 2:
+        return None
+    messages = [Message(text, answer) for text, answer in zip(texts, answers, strict=True)]
+    floor = oracle(messages, max_disagreement)
+    return floor.teacher_share if floor is not None else None
 
 
 async def _drive(target: Target, plan: Replay, run: _Run, progress: Progress) -> None:
