@@ -1,0 +1,66 @@
+# Everything below runs in .venv, which the first target that needs it makes. `make help` lists what there is.
+
+PYTHON ?= python3
+DATA ?= ../shared/data
+# Branch coverage below this share fails `make test`.
+COVERAGE ?= 80
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format lint typecheck bench bench-routing lock wheel
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+
+install: $(STAMP) ## make .venv with the locked dependencies and the command understudy
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "understudy needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+			"Name another: make install PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+		rm -rf .venv; \
+		echo "$(PYTHON) -m venv failed: on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+demo: $(STAMP) ## run the main job on example messages, then go on serving on port 8080
+	$(BIN)/understudy demo
+
+test: $(STAMP) ## run the tests, with branch coverage; says what it skips
+	$(BIN)/python -m pytest -q --cov --cov-branch --cov-report=term --cov-fail-under=$(COVERAGE)
+
+check: $(STAMP) ## see to format, lint, import contracts and types, and change nothing
+	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory lint typecheck
+
+format: $(STAMP) ## format the code and repair what lint can repair
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(STAMP) ## ruff, and which way imports go
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
+
+typecheck: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(STAMP) ## HTTP clients on the way to the teacher, side by side (half a minute)
+	$(BIN)/python -m loadtest.clients
+
+bench-routing: $(STAMP) ## the promise on a recorded stream, in the simulator (DATA=folder with banking77_gpt4)
+	@test -f $(DATA)/banking77_gpt4/stream.csv || { \
+		echo "no recording at $(DATA)/banking77_gpt4/stream.csv: make bench-routing DATA=folder" \
+			"(where it comes from: docs/lab-notes.md)" >&2; exit 1; }
+	$(BIN)/python -m loadtest.routing_bench $(DATA)/banking77_gpt4/stream.csv
+
+lock: $(STAMP) ## pin the newest dependencies that pyproject.toml allows, with their hashes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile pyproject.toml --group dev --upgrade --output-file requirements.lock --quiet \
+		--generate-hashes --no-emit-index-url --custom-compile-command "make lock"
+
+wheel: $(STAMP) ## build dist/understudy-*.whl
+	$(BIN)/python -m build --wheel --no-isolation
