@@ -98,8 +98,8 @@ def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison) -> Data
                 text=user_text(exchange.request),
                 answer=comparison.key(teacher.choices) if teacher is not None else None,
                 choices=teacher.choices if teacher is not None else None,
-                prompt_tokens=usage.get("prompt_tokens"),
-                completion_tokens=usage.get("completion_tokens"),
+                prompt_tokens=_count(usage, "prompt_tokens"),
+                completion_tokens=_count(usage, "completion_tokens"),
                 teacher_model=teacher.model if teacher is not None else None,
                 release=exchange.release,
             )
@@ -107,14 +107,19 @@ def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison) -> Data
     return dataset
 
 
+def _count(usage: Json, name: str) -> int | None:
+    """A number of tokens, if the teacher's usage holds one: servers write all kinds of things there."""
+    value = usage.get(name)
+    return value if type(value) is int and value >= 0 else None
+
+
 def _unusable(exchange: Exchange) -> str | None:
     if not exchange.eligible:
         return "not eligible"
     if exchange.superseded_by is not None:
         return "superseded by a retry"
-    if (
-        exchange.cancelled
-    ):  # also those that were audited: whether they were must not decide whether they count
+    if exchange.cancelled:
+        # Also those that were audited: whether they were must not decide whether they count.
         return "cancelled by the client"
     feature = unsupported(exchange.request)
     if feature is not None:
@@ -137,8 +142,12 @@ def known_answers(rows: Iterable[Row]) -> list[KnownAnswer]:
     for row in rows:
         if row.answer is None or row.choices is None or row.answer.startswith(" "):
             continue
-        content = row.choices[0]["message"]["content"]
-        forms.setdefault(row.answer, Counter())[content if isinstance(content, str) else row.answer] += 1
+        match row.choices:
+            case [{"message": {"content": str(content)}}]:
+                form = content
+            case _:  # parts, or no content at all: the normal form says the same
+                form = row.answer
+        forms.setdefault(row.answer, Counter())[form] += 1
         if row.completion_tokens is not None:
             tokens.setdefault(row.answer, Counter())[row.completion_tokens] += 1
     return [

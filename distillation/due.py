@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distillation.dataset import Dataset
+from distillation.dataset import Dataset, known_answers
 from routers.looks import SEEN_ENOUGH, PastLook, half_is_known, labels_needed, unseen_chance
 from serving.settings import TaskPolicy
 
@@ -42,6 +42,12 @@ def not_due(dataset: Dataset, past: Sequence[PastLook], policy: TaskPolicy) -> N
             False, f"{labels} labels; the {'next' if past else 'first'} look needs {needed}", needed
         )
     answers = dataset.answers
+    if not known_answers(dataset.rows):
+        return NotDue(
+            True,
+            f"none of {labels} labels is an answer a student could give: the teacher refused, was cut off, called "
+            f"tools, or wrote what isn't {'JSON' if policy.agreement.kind == 'json' else 'text'}",
+        )
     unseen = unseen_chance(answers)
     if unseen > policy.max_disagreement:
         return NotDue(

@@ -45,7 +45,10 @@ def cross_fit(
         raise ValueError("no row has an answer a student could give")
     tokens = token_estimate(rows)
     place = {answer.key: index for index, answer in enumerate(known)}
-    answers = np.array([place.get(row.answer or "", -1) for row in rows], dtype=np.int64)
+    # A missing label (None) isn't the empty answer: it teaches nothing.
+    answers = np.array(
+        [-1 if row.answer is None else place.get(row.answer, -1) for row in rows], dtype=np.int64
+    )
     teaches = answers >= 0
     counts = TermCounts([row.text for row in rows])
     folds = np.random.default_rng(seed).permutation(len(rows)) % FOLDS

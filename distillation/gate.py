@@ -20,6 +20,7 @@ from routers.looks import GRID, spent
 from routers.promise import Admission, Promise
 from routers.propensity import Period, pooled_propensity
 from routers.router import Router
+from serving.agreement import comparison
 from serving.settings import TaskPolicy
 
 
@@ -27,14 +28,17 @@ from serving.settings import TaskPolicy
 class Look:
     """What a look found. `candidate` is the release to be, None when no level passed.
 
-    `delta` is what the look spent. `agreement` is the share of all traffic on which the cross-fitted students agree
-    with the teacher (weighted by 1/propensity); `worst` the answers the student gives that agree least often.
+    `delta` is what the look spent. `coverage` is the share of all traffic at or above the threshold: the level's
+    own, or more where scores tie (a student with a single answer scores all texts the same). `agreement` is the
+    share of all traffic on which the cross-fitted students agree with the teacher (weighted by 1/propensity);
+    `worst` the answers the student gives that agree least often.
     """
 
     number: int
     labels: int
     delta: float
     admission: Admission
+    coverage: float | None
     agreement: float
     worst: list[tuple[str, int, float]]
     candidate: PastRelease | None
@@ -51,22 +55,21 @@ def take_look(
 ) -> Look:
     """Fit, score out of fold, and test the promise with what look `number` may spend.
 
-    `past` holds every release the dataset's traffic met; periods of others are left out. `seed` deals folds and thins.
+    `past` holds every release the dataset's traffic met (see `Dataset.without_period`). `seed` deals folds and thins.
     Raises ValueError when there is nothing to learn from.
     """
-    for release in [name for name in dataset.traffic if name is not None and name not in past]:
-        dataset = dataset.without_period(release)
     propensity = _propensity(dataset, past)
     fitted = cross_fit(dataset.rows, seed=seed, progress=progress)
     delta = spent(number, 1.0 - policy.certainty)
-    forbidden = frozenset(policy.always_escalate)
+    forbidden = _forbidden(policy)
     # Answers that always go to the teacher are never served: they rank below everything.
     scores = np.where([key in forbidden for key in fitted.predicted], -np.inf, fitted.scores)
     progress("testing the promise")
     promise = Promise(policy.max_disagreement, 1.0 - delta, seed=seed)
     admission = promise.admit(scores, fitted.agreed, propensity=propensity, grid=GRID)
-    candidate = None
+    candidate, coverage = None, None
     if admission.threshold is not None:
+        coverage = float(np.average(scores >= admission.threshold, weights=1.0 / propensity))
         calibrator = PlattCalibrator().fit(fitted.scores, fitted.agreed, 1.0 / propensity)
         candidate = PastRelease(
             student=fitted.student,
@@ -82,10 +85,18 @@ def take_look(
         labels=len(dataset.rows),
         delta=delta,
         admission=admission,
+        coverage=coverage,
         agreement=float(np.average(fitted.agreed, weights=1.0 / propensity)),
         worst=_worst(fitted),
         candidate=candidate,
     )
+
+
+def _forbidden(policy: TaskPolicy) -> frozenset[str]:
+    """The answers that only the teacher may give, in the normal form answers are compared in."""
+    comparing = comparison(policy.agreement)
+    written = [[{"message": {"content": text}, "finish_reason": "stop"}] for text in policy.always_escalate]
+    return frozenset(key for key in map(comparing.key, written) if key is not None)
 
 
 def _propensity(dataset: Dataset, past: Mapping[str, PastRelease]) -> NDArray[np.float64]:

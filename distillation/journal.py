@@ -33,6 +33,10 @@ class LookJournal:
 
     def past(self) -> list[PastLook]:
         """Every look so far. Lines that can't be read are skipped: a torn one was never begun."""
+        looks = self._looks()
+        return [looks[serial] for serial in sorted(looks)]
+
+    def _looks(self) -> dict[int, PastLook]:
         looks: dict[int, PastLook] = {}
         for entry in self.entries():
             try:
@@ -40,7 +44,7 @@ class LookJournal:
             except (KeyError, TypeError, ValueError):
                 continue
             looks[serial] = PastLook(look.look, look.labels, bool(entry.get("release")))
-        return [looks[serial] for serial in sorted(looks)]
+        return looks
 
     def entries(self) -> list[Json]:
         """The journal's lines as they are: `begun` ones and those that say how a look ended."""
@@ -60,7 +64,7 @@ class LookJournal:
 
     def begin(self, look: int, labels: int) -> int:
         """Write down that a look is taken; returns its serial number, for `end`."""
-        serial = len(self.past()) + 1
+        serial = max(self._looks(), default=0) + 1
         self._append({"serial": serial, "look": look, "labels": labels, "at": time.time()})
         return serial
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distillation.dataset import Dataset, build_dataset
@@ -83,18 +83,38 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         exchanges = reader.exchanges(task).exchanges
         dataset = build_dataset(exchanges, comparison(policy.agreement))
         waiting = not_due(dataset, journal.past(), policy)
+        past: dict[str, PastRelease] = {}
+        if waiting is None:
+            past, dataset = _redoable(settings, task, dataset, progress)
+            waiting = not_due(dataset, journal.past(), policy)  # less may be left
         if waiting is not None:
             labels = len(dataset.rows)
             when = _waiting_time(exchanges, labels, waiting.needed or 0)
             outcome = "declined" if waiting.declined else "not_due"
             return Lesson(task, outcome, waiting.message + when, labels, waiting.needed)
-        return _look(settings, task, dataset, journal, policy, exchanges, progress)
+        return _look(settings, task, dataset, past, journal, policy, exchanges, progress)
+
+
+def _redoable(
+    settings: Settings, task: str, dataset: Dataset, progress: Progress
+) -> tuple[dict[str, PastRelease], Dataset]:
+    """The releases the traffic met, and the dataset without the traffic of those that can't be read any more."""
+    store = ReleaseStore(settings.state_dir)
+    past: dict[str, PastRelease] = {}
+    for name in [name for name in dataset.traffic if name is not None]:
+        try:
+            past[name] = read_past(store, task, name)
+        except (DamagedRelease, UnknownRelease) as error:
+            progress(f"{task}: leaving out the traffic of release {name}: {error}")
+            dataset = dataset.without_period(name)
+    return past, dataset
 
 
 def _look(
     settings: Settings,
     task: str,
     dataset: Dataset,
+    past: Mapping[str, PastRelease],
     journal: LookJournal,
     policy: TaskSettings,
     exchanges: Sequence[Exchange],
@@ -104,13 +124,6 @@ def _look(
     from distillation.report import report_card
 
     store = ReleaseStore(settings.state_dir)
-    past: dict[str, PastRelease] = {}
-    for name in dataset.traffic:
-        if name is not None:
-            try:
-                past[name] = read_past(store, task, name)
-            except (DamagedRelease, UnknownRelease) as error:
-                progress(f"{task}: leaving out the traffic of release {name}: {error}")
     labels, number = len(dataset.rows), next_look(journal.past())
     serial = journal.begin(number, labels)
     look = take_look(
@@ -123,10 +136,10 @@ def _look(
     )
     card = report_card(look, dataset, policy, releases_so_far=len(store.list(task)))
     release, outcome = None, "held"
-    if look.candidate is not None and look.admission.coverage is not None:
+    if look.candidate is not None and look.coverage is not None:
         live = store.live(task)
         serving = _coverage(dataset, live.release) if live is not None and live.release is not None else 0.0
-        outcome = "released" if look.admission.coverage >= serving else "kept"
+        outcome = "released" if look.coverage >= serving else "kept"
         if outcome == "released":
             release = store.write(
                 task, look.candidate.files(), {"schema": CARD_SCHEMA, "created": time.time(), **card}

@@ -14,10 +14,10 @@ from __future__ import annotations
 import io
 import math
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -105,27 +105,30 @@ class LinearStudent:
         best = int(logits.argmax())
         if len(logits) == 1:
             return Prediction(index=0, score=0.0, probability=1.0, entropy=0.0)
-        second, first = np.partition(logits, -2)[-2:]
-        odds = np.exp(logits - first)
-        probabilities = odds / odds.sum()
-        entropy = -float(probabilities @ np.log(np.maximum(probabilities, 1e-12)))
-        return Prediction(
-            index=best,
-            score=float(first - second),
-            probability=float(probabilities[best]),
-            entropy=entropy,
-        )
+        behind: Floats = logits - logits[best]  # log-odds against the best answer: at most 0
+        odds = np.exp(behind)
+        total = float(odds.sum())
+        entropy = math.log(total) - float(odds @ behind) / total
+        behind[best] = -math.inf
+        return Prediction(index=best, score=-float(behind.max()), probability=1.0 / total, entropy=entropy)
 
-    def _logits(self, text: str) -> NDArray[np.float64]:
-        logits = self._intercept.astype(np.float64)
-        for names, columns in zip(terms(text), (self._word_columns, self._character_columns), strict=True):
-            counts = Counter(columns[name] for name in names if name in columns)
-            if counts:
-                index = np.fromiter(counts.keys(), dtype=np.intp, count=len(counts))
-                count = np.fromiter(counts.values(), dtype=np.float64, count=len(counts))
-                values = (1.0 + np.log(count)) * self._idf[index]
-                # Two blocks of unit length each, then the whole: 1/√2.
-                logits += (values / (math.sqrt(2.0) * math.sqrt(values @ values))) @ self._weights[index]
+    def _logits(self, text: str) -> Floats:
+        word_terms, character_terms = terms(text)
+        words = Counter(map(self._word_columns.get, word_terms))
+        characters = Counter(map(self._character_columns.get, character_terms))
+        for counts in (words, characters):
+            counts.pop(None, None)  # terms the student has never seen
+        size = len(words) + len(characters)
+        index = np.fromiter(chain(words, characters), dtype=np.intp, count=size)
+        count = np.fromiter(chain(words.values(), characters.values()), dtype=np.float32, count=size)
+        values: Floats = np.log(count)
+        values += 1.0
+        values *= self._idf[index]
+        # Two blocks of unit length each, then the whole: 1/√2.
+        for block in (values[: len(words)], values[len(words) :]):
+            if len(block):
+                block *= 1.0 / math.sqrt(2.0 * float(block @ block))
+        logits: Floats = values @ self._weights[index] + self._intercept
         return logits
 
     def unsupported(self, request: Json) -> str | None:
@@ -181,51 +184,62 @@ class LinearStudent:
     def load(cls, files: Mapping[str, bytes]) -> LinearStudent:
         """Read the files of a release. Raises DamagedRelease for anything that doesn't fit together."""
         try:
-            described = orjson.loads(files[ANSWERS_FILE])
-            if described["schema"] != SCHEMA:
-                raise DamagedRelease(
-                    f"{ANSWERS_FILE} has schema {described['schema']!r}, this version reads {SCHEMA}"
-                )
-            answers = [
-                KnownAnswer(a["key"], a["choices"], int(a["completion_tokens"])) for a in described["answers"]
-            ]
-            tokens = TokenEstimate(
-                float(described["tokens"]["fixed"]), float(described["tokens"]["per_character"])
-            )
-            with np.load(io.BytesIO(files[ARRAYS_FILE]), allow_pickle=False) as arrays:
-                vocabulary = arrays["vocabulary"].tobytes().decode().split("\n")
-                student = cls(
-                    vocabulary=vocabulary,
-                    words=int(arrays["words"]),
-                    idf=arrays["idf"],
-                    weights=arrays["weights"],
-                    intercept=arrays["intercept"],
-                    answers=answers,
-                    tokens=tokens,
-                )
+            student = cls._read(orjson.loads(files[ANSWERS_FILE]), files[ARRAYS_FILE])
         except DamagedRelease:
             raise
-        except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged archive makes its parsers raise whatever they like
             raise DamagedRelease(
                 f"the linear student can't be read: {type(error).__name__}: {error}"
             ) from error
         student._check()
         return student
 
+    @classmethod
+    def _read(cls, described: Json, data: bytes) -> LinearStudent:
+        if described["schema"] != SCHEMA:
+            raise DamagedRelease(
+                f"{ANSWERS_FILE} has schema {described['schema']!r}, this version reads {SCHEMA}"
+            )
+        tokens = described["tokens"]
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return cls(
+                vocabulary=arrays["vocabulary"]
+                .astype(np.uint8, casting="equiv")
+                .tobytes()
+                .decode()
+                .split("\n"),
+                words=int(arrays["words"]),
+                idf=arrays["idf"],
+                weights=arrays["weights"],
+                intercept=arrays["intercept"],
+                answers=[
+                    KnownAnswer(a["key"], a["choices"], int(a["completion_tokens"]))
+                    for a in described["answers"]
+                ],
+                tokens=TokenEstimate(float(tokens["fixed"]), float(tokens["per_character"])),
+            )
+
     def _check(self) -> None:
         features, answers = len(self._vocabulary), len(self.answers)
+        arrays = (self._idf, self._weights, self._intercept)
         if (
             answers == 0
             or self._idf.shape != (features,)
             or self._weights.shape != (features, answers)
             or self._intercept.shape != (answers,)
             or not 0 <= self._words <= features
-            or not all(np.isfinite(a).all() for a in (self._idf, self._weights, self._intercept))
         ):
             raise DamagedRelease(
                 f"the linear student's arrays don't fit together: {features} terms, {answers} answers, "
                 f"weights {self._weights.shape}, intercept {self._intercept.shape}"
             )
+        if not all(array.dtype == np.float32 and np.isfinite(array).all() for array in arrays):
+            raise DamagedRelease("the linear student's arrays should hold finite 32-bit floats only")
+        if not (math.isfinite(self._tokens.fixed) and math.isfinite(self._tokens.per_character)):
+            raise DamagedRelease(f"{ANSWERS_FILE} estimates tokens by {self._tokens}")
+        for answer in self.answers:
+            if not (isinstance(answer.key, str) and _are_choices(answer.choices)):
+                raise DamagedRelease(f"{ANSWERS_FILE} holds something that isn't an answer: {answer}")
 
 
 def unsupported(request: Json) -> str | None:
@@ -239,7 +253,7 @@ def unsupported(request: Json) -> str | None:
         return "n"
     if request.get("logprobs") or request.get("top_logprobs"):
         return "logprobs"
-    if request.get("audio") or "audio" in (request.get("modalities") or ()):
+    if request.get("audio") or request.get("modalities") not in (None, [], ["text"]):
         return "audio"
     if request.get("logit_bias"):
         return "logit_bias"
@@ -251,7 +265,7 @@ def unsupported(request: Json) -> str | None:
     content = turns[0].get("content")
     if isinstance(content, str):
         return None
-    if isinstance(content, list) and all(_is_text(part) for part in content):
+    if isinstance(content, list) and content and all(_is_text(part) for part in content):
         return None
     return "content"
 
@@ -264,3 +278,7 @@ def user_text(request: Json) -> str:
 
 def _is_text(part: object) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _are_choices(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(choice, dict) for choice in value)

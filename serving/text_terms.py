@@ -11,8 +11,6 @@ import unicodedata
 from itertools import pairwise
 
 _WORD = re.compile(r"\w+")
-_SPACES = re.compile(r"\s+")
-_CHARACTERS = (2, 3, 4)
 MAX_CHARACTERS = 4000
 """Longer texts are cut here: the time of an answer is bounded whatever the client sends."""
 
@@ -27,12 +25,11 @@ def terms(text: str) -> tuple[list[str], list[str]]:
     words = _WORD.findall(folded)
     word_terms = words + [f"{a} {b}" for a, b in pairwise(words)]
     character_terms: list[str] = []
-    for word in _SPACES.split(folded.strip()):
+    for word in folded.split() or [""]:  # an empty text has a term too: two spaces
         padded = f" {word} "
         size = len(padded)
-        for n in _CHARACTERS:
-            if size <= n:
-                character_terms.append(padded)
-                break
-            character_terms.extend([padded[i : i + n] for i in range(size - n + 1)])
+        # Spelled out: this is half of the time a student takes.
+        character_terms += [padded[i : i + 2] for i in range(size - 1)]
+        character_terms += [padded[i : i + 3] for i in range(size - 2)]
+        character_terms += [padded[i : i + 4] for i in range(size - 3)]
     return word_terms, character_terms
