@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import os
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,14 @@ import pytest
 import uvicorn
 
 from routers.router import Router
-from serving.exchange import Exchange
+from serving.events import answered
+from serving.exchange import Exchange, TeacherAnswer
 from serving.failures import Failures
 from serving.linear import KnownAnswer, LinearStudent, TokenEstimate
-from serving.log import LogReader
+from serving.log import EventLog, LogReader
 from serving.recording import Recorded, Recording
 from serving.releases import ReleaseStore
-from serving.settings import Settings
+from serving.settings import LogSettings, Settings
 from serving.stand_in import StandIn, create_stand_in
 
 TEACHER_KEY = "teacher-key"
@@ -209,6 +212,52 @@ def publish() -> Callable[..., str]:
         return name
 
     return write
+
+
+@pytest.fixture
+def write_log(tmp_path: Path) -> Callable[..., Path]:
+    """Write exchanges to a task's log as the gateway does; gives the state directory."""
+
+    def write(exchanges: Iterable[Exchange], task: str = "intents") -> Path:
+        async def append() -> None:
+            log = EventLog(tmp_path / "state", LogSettings(durability="relaxed"))
+            await asyncio.gather(*(log.append(task, answered(exchange)) for exchange in exchanges))
+            await log.aclose()
+
+        asyncio.run(append())
+        return tmp_path / "state"
+
+    return write
+
+
+@pytest.fixture
+def exchanges() -> Callable[..., list[Exchange]]:
+    """Make the day-0 exchanges of `(text, teacher's answer)` pairs, a second apart."""
+
+    def make(
+        pairs: Iterable[tuple[str, str]], *, start: float = 1_000_000.0, **changes: Any
+    ) -> list[Exchange]:
+        made = []
+        for number, (text, answer) in enumerate(pairs):
+            usage = {"prompt_tokens": 20, "completion_tokens": 2, "total_tokens": 22}
+            exchange = Exchange(
+                id=f"{start:.0f}-{number:05d}",
+                request_id=f"req_{number}",
+                created=start + number,
+                task="intents",
+                tenant="t",
+                request={"model": "intents", "messages": [{"role": "user", "content": text}]},
+                route="teacher",
+                reason="no_release",
+                teacher=TeacherAnswer("big", [_choice(answer)], usage, 0.5, cost_usd=0.001, trainable=True),
+                audit_rate=0.05,
+                propensity=1.0,
+                cost_usd=0.001,
+            )
+            made.append(dataclasses.replace(exchange, **changes))
+        return made
+
+    return make
 
 
 def _choice(text: str) -> dict[str, Any]:
