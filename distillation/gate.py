@@ -16,7 +16,7 @@ from distillation.dataset import Dataset
 from distillation.evaluation import CrossFit, cross_fit
 from distillation.past import PastRelease
 from routers.calibration import PlattCalibrator
-from routers.looks import GRID, spent
+from routers.looks import spent, tested_grid
 from routers.promise import Admission, Promise
 from routers.propensity import Period, pooled_propensity
 from routers.router import Router
@@ -66,7 +66,8 @@ def take_look(
     scores = np.where([key in forbidden for key in fitted.predicted], -np.inf, fitted.scores)
     progress("testing the promise")
     promise = Promise(policy.max_disagreement, 1.0 - delta, seed=seed)
-    admission = promise.admit(scores, fitted.agreed, propensity=propensity, grid=GRID)
+    grid = tested_grid(float((propensity.min() / propensity).sum()), promise.least_accepted)
+    admission = promise.admit(scores, fitted.agreed, propensity=propensity, grid=grid)
     candidate, coverage = None, None
     if admission.threshold is not None:
         coverage = float(np.average(scores >= admission.threshold, weights=1.0 / propensity))

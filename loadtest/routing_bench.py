@@ -148,8 +148,11 @@ def main() -> None:
             for seed in range(options.seeds)
         ]
         for future in as_completed(futures):
-            seeds.append(future.result())
+            seeds.append(seed := future.result())
             progress.advance(bar)
+            if not progress.console.is_terminal:
+                kept = " ".join(f"{release.disagreement:.3f}" for release in seed.releases)
+                progress.console.out(f"seed {seed.seed}: {seed.share:.3f} of calls, releases disagree {kept}")
     console.print(table_of(seeds, options.max_disagreement, options.certainty))
     console.print(
         f"{options.file.name}; Python {platform.python_version()}, NumPy {np.__version__}, {os.cpu_count()} cores; "

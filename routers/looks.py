@@ -22,10 +22,10 @@ SEEN_ENOUGH = 10
 """An answer seen this often can have been learned; see `half_is_known`."""
 
 GRID: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(4, 21))
-"""The coverages a look tests: 20, 25, … 100 %. Starting below the reference grid's 40 % lets a student that is still
-weak answer the easiest fifth, after which the next release has its full δ again (docs/lab-notes.md)."""
+"""The coverages a look may test: 20, 25, … 100 %; see `tested_grid`."""
 
 _FIRST_COVERAGE = 0.4
+_ENOUGH_TO_ERR = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,20 @@ def labels_needed(past: Sequence[PastLook], max_disagreement: float, certainty: 
         return math.ceil(past[-1].labels * GROWTH)
     first = Promise(max_disagreement, 1.0 - spent(1, 1.0 - certainty))
     return math.ceil(first.least_accepted / _FIRST_COVERAGE)
+
+
+def tested_grid(labels: float, least_accepted: int) -> list[float]:
+    """The coverages to test with so many labels (of equal propensity), strict to loose.
+
+    Always 40 to 100 % by 5. Below that only where a level would have three times the labels without which it can't
+    pass: a student that is still weak may then answer the easiest fifth, but a handful of labels, where a single
+    disagreement fails the level and with it the whole sequence, is no place to begin (docs/lab-notes.md).
+    """
+    return [
+        coverage
+        for coverage in GRID
+        if coverage >= _FIRST_COVERAGE or labels * coverage >= _ENOUGH_TO_ERR * least_accepted
+    ]
 
 
 def unseen_chance(answers: Sequence[str]) -> float:
