@@ -63,7 +63,7 @@ class Promise:
     @property
     def least_accepted(self) -> int:
         """The accepted labels without which no level can pass: ln δ / ln(1−α), all of them agreeing."""
-        return math.ceil(math.log(1.0 - self.certainty) / math.log(1.0 - self.max_disagreement) - 1e-9)
+        return math.ceil(math.log(1.0 - self.certainty) / math.log1p(-self.max_disagreement) - 1e-9)
 
     def threshold(
         self,
@@ -75,10 +75,11 @@ class Promise:
     ) -> float | None:
         """The lowest threshold of the grid that keeps the promise, or None when none qualifies.
 
-        `confidence` float[n] ranks the labelled exchanges and must not have been fitted on them; NaN is never
-        accepted. `agreed` bool[n] says which student answers agreed. `propensity` float[n] in (0, 1] is the
-        probability with which each came to be labelled; None is the reference test, on labels that are a simple
-        random sample of the traffic. `grid` are coverages in (0, 1], strict to loose; None: 40 to 100 % by 5.
+        `confidence` float[n] ranks the labelled exchanges and must not have been fitted on them; what isn't finite is
+        never accepted, as in the router. `agreed` bool[n] says which student answers agreed; a missing label is False.
+        `propensity` float[n] in (0, 1] is the probability with which each came to be labelled; None is the reference
+        test, on labels that are a simple random sample of the traffic. `grid` are coverages in (0, 1], strict to
+        loose; None: 40 to 100 % by 5.
         """
         return self.admit(confidence, agreed, propensity=propensity, grid=grid).threshold
 
@@ -92,11 +93,12 @@ class Promise:
     ) -> Admission:
         """As `threshold`, with every level that was tested. Raises ValueError for arrays that don't fit together."""
         scores = np.asarray(confidence, dtype=np.float64)
-        agreeing = np.asarray(agreed, dtype=np.bool_)
-        chances = np.ones(len(scores)) if propensity is None else np.asarray(propensity, dtype=np.float64)
+        agreeing = _booleans(agreed)
+        chances = np.ones(scores.shape) if propensity is None else np.asarray(propensity, dtype=np.float64)
         _check(scores, agreeing, chances)
         if len(scores) == 0:
             return Admission(None, None, [])
+        scores = np.where(np.isfinite(scores), scores, -np.inf)
         kept = self._thinned(chances)
         delta = 1.0 - self.certainty
         levels: list[Level] = []
@@ -148,8 +150,11 @@ def binomial_tail(disagreements: int, accepted: int, alpha: float) -> float:
 
 
 def _cuts(scores: Floats, chances: Floats, grid: Sequence[float]) -> list[tuple[float, float]]:
-    """The score at each coverage, by the labels' share of the traffic (weight 1/propensity); equal ones once."""
-    order = np.argsort(-scores, kind="stable")  # NaN last
+    """The score at each coverage, by the labels' share of the traffic (weight 1/propensity); equal ones once.
+
+    Where less than a coverage has a finite score, the cut is the lowest of them and the coverage what they are.
+    """
+    order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
     weights = 1.0 / chances[order]
     share = np.cumsum(weights) / weights.sum()
@@ -158,10 +163,22 @@ def _cuts(scores: Floats, chances: Floats, grid: Sequence[float]) -> list[tuple[
     for coverage in grid:
         if not 0.0 < coverage <= 1.0:
             raise ValueError(f"a coverage must lie in (0, 1], got {coverage}")
-        place = min(int(np.searchsorted(share, coverage - 1e-9)), usable - 1)
+        place = int(np.searchsorted(share, coverage - 1e-9))
+        if place >= usable:
+            place, coverage = usable - 1, float(share[usable - 1])
         if place >= 0 and (not cuts or ranked[place] < cuts[-1][1]):
             cuts.append((coverage, float(ranked[place])))
     return cuts
+
+
+def _booleans(agreed: ArrayLike) -> Bools:
+    given = np.asarray(agreed)
+    # NaN is truthy: a label that is missing in a table would count as agreement.
+    if given.dtype != np.bool_ and not np.isin(given, (0, 1)).all():
+        raise ValueError(
+            "agreed must hold booleans (a label that is missing is False: it counts as disagreement)"
+        )
+    return given.astype(np.bool_)
 
 
 def _check(scores: Floats, agreeing: Bools, chances: Floats) -> None:

@@ -47,11 +47,12 @@ class Router:
         return self.confidence(self.score_threshold)
 
     def decide(self, score: float, answer_key: str | None = None) -> Decision:
-        """Accept or escalate an answer. A score that isn't a number is never trusted."""
-        confidence = self.confidence(score) if math.isfinite(score) else 0.0
+        """Accept or escalate an answer. A score that isn't finite is never trusted: what computed it is broken."""
+        finite = math.isfinite(score)
+        confidence = self.confidence(score) if finite else 0.0
         if answer_key is not None and answer_key in self.always_escalate:
             return Decision(False, confidence, self.threshold, "always_escalate")
-        if score >= self.score_threshold:  # false for NaN
+        if finite and score >= self.score_threshold:
             return Decision(True, confidence, self.threshold, "confident")
         return Decision(False, confidence, self.threshold, "low_confidence")
 
@@ -76,6 +77,8 @@ class Router:
                 raise DamagedRelease(
                     f"router.json has schema {read['schema']!r}, this version reads {SCHEMA}"
                 )
+            if not isinstance(read["always_escalate"], list):
+                raise TypeError("always_escalate is no list")
             router = cls(
                 score_threshold=float(read["score_threshold"]),
                 slope=float(read["slope"]),
