@@ -11,6 +11,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -150,9 +151,13 @@ def main() -> None:
         for future in as_completed(futures):
             seeds.append(seed := future.result())
             progress.advance(bar)
-            if not progress.console.is_terminal:
+            if not sys.stderr.isatty():
                 kept = " ".join(f"{release.disagreement:.3f}" for release in seed.releases)
-                progress.console.out(f"seed {seed.seed}: {seed.share:.3f} of calls, releases disagree {kept}")
+                print(
+                    f"seed {seed.seed}: {seed.share:.3f} of calls, releases disagree {kept}",
+                    file=sys.stderr,
+                    flush=True,
+                )
     console.print(table_of(seeds, options.max_disagreement, options.certainty))
     console.print(
         f"{options.file.name}; Python {platform.python_version()}, NumPy {np.__version__}, {os.cpu_count()} cores; "
