@@ -134,7 +134,7 @@ class TestLaterLooks:
         for number in range(count):
             kind = list(KINDS)[number % 3]
             answer = kind
-            if kind != "refund" and (number // 3) % wrong_every == 0:
+            if kind != "refund" and (number // 3) % wrong_every == wrong_every - 1:
                 answer = "parcel" if kind == "card" else "card"
             id = count * 1000 + number
             made.append(

@@ -1,0 +1,118 @@
+"""`understudy tasks`: what every task costs, and whether a student looks worth it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from distillation.economics import TaskSummary, summarise
+from serving.exchange import StudentAnswer
+from serving.releases import ReleaseStore
+from serving.settings import Settings, TaskPolicy
+
+Make = Callable[..., Any]
+TEXTS = [(f"where is {i}", "lost" if i % 2 else "late") for i in range(100)]
+
+
+def summaries(state: Any, **policy: Any) -> dict[str, TaskSummary]:
+    given = Settings(state_dir=state, task_defaults=TaskPolicy(**{"max_disagreement": 0.1, **policy}))
+    return {one.task: one for one in summarise(given)}
+
+
+def test_no_log_no_tasks(tmp_path: Any) -> None:
+    assert summaries(tmp_path / "state") == {}
+
+
+def test_a_task_on_day_0(write_log: Make, exchanges: Make) -> None:
+    (one,) = summaries(write_log(exchanges(TEXTS))).values()
+    assert dataclasses.replace(one, cost_usd=0, teacher_cost_usd=None) == TaskSummary(
+        task="intents",
+        exchanges=100,
+        routes={"teacher": 100},
+        labels=100,
+        distinct_answers=2,
+        unseen=0.0,
+        cost_usd=0,
+        teacher_cost_usd=None,
+        release=None,
+        outlook="yes: a look is due",
+        damaged_lines=0,
+    )
+    assert one.cost_usd == pytest.approx(0.1)
+    assert one.teacher_cost_usd == pytest.approx(0.001)
+
+
+def test_audits_are_paid_for(write_log: Make, exchanges: Make) -> None:
+    answer = StudentAnswer("linear", [{"message": {"content": "lost"}}], None, 0.0, 1.0, cost_usd=1e-6)
+    served: dict[str, Any] = {"route": "student", "student": answer, "cost_usd": 1e-6, "release": "r0001"}
+    audited = exchanges(TEXTS[:2], audit="answered", **served)
+    plain = exchanges(TEXTS[:8], start=2e6, teacher=None, **served)
+    (one,) = summaries(write_log([*audited, *plain])).values()
+    assert one.routes == {"student": 10}
+    assert one.cost_usd == pytest.approx(2 * 0.001 + 10 * 1e-6)
+
+
+def test_the_most_expensive_comes_first(write_log: Make, exchanges: Make) -> None:
+    write_log(exchanges(TEXTS[:20], cost_usd=0.5), "dear")
+    state = write_log(exchanges(TEXTS[:40]), "cheap")
+    assert list(summaries(state)) == ["dear", "cheap"]
+
+
+def test_no_price_is_known(write_log: Make, exchanges: Make) -> None:
+    unpriced = [
+        dataclasses.replace(e, teacher=dataclasses.replace(e.teacher, cost_usd=None), cost_usd=None)
+        for e in exchanges(TEXTS[:5])
+    ]
+    (one,) = summaries(write_log(unpriced)).values()
+    assert (one.cost_usd, one.teacher_cost_usd) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "outlook"),
+    [
+        ({"eligible": False}, "no: 100 exchanges can't be used (not eligible)"),
+        ({"cancelled": True}, "no: 100 exchanges can't be used (cancelled by the client)"),
+        ({"teacher": None}, "no: 100 exchanges can't be used (teacher gave no answer)"),
+        (
+            {"request": {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}},
+            "no: 100 exchanges can't be used (unsupported: tools)",
+        ),
+    ],
+)
+def test_nothing_usable(write_log: Make, exchanges: Make, changes: dict[str, Any], outlook: str) -> None:
+    (one,) = summaries(write_log(exchanges(TEXTS, **changes))).values()
+    assert (one.labels, one.outlook) == (0, outlook)
+
+
+def test_too_early_and_too_open(write_log: Make, exchanges: Make) -> None:
+    write_log(exchanges(TEXTS[:12]), "young")
+    state = write_log(exchanges([(f"write {i}", f"essay {i}") for i in range(100)]), "essays")
+    found = summaries(state)
+    assert found["young"].outlook == "too early: 12 labels; the first look needs 68"
+    assert found["essays"].outlook.startswith("no: the answer space isn't closed: 100 distinct answers")
+    assert found["essays"].unseen == 1.0
+
+
+def test_numeric_agreement(write_log: Make, exchanges: Make) -> None:
+    (one,) = summaries(write_log(exchanges(TEXTS)), agreement={"kind": "numeric"}).values()
+    assert one.outlook.startswith("no: ")
+
+
+def test_the_overflow_is_never_learned(write_log: Make, exchanges: Make) -> None:
+    (one,) = summaries(write_log(exchanges(TEXTS), "other")).values()
+    assert one.outlook == "no: the overflow of server.max_tasks is never learned"
+
+
+def test_what_is_live_and_what_is_damaged(write_log: Make, exchanges: Make, publish: Make) -> None:
+    state = write_log(exchanges(TEXTS))
+    publish(state, "intents", {"a b": "lost"})
+    (segment,) = (state / "tasks" / "intents" / "events").iterdir()
+    segment.write_bytes(segment.read_bytes() + b"hello\nworld\n")
+    (one,) = summaries(state).values()
+    assert (one.release, one.damaged_lines, one.exchanges) == ("r0001", 2, 100)
+    (state / "tasks" / "intents" / "live").write_bytes(b"?")
+    assert summaries(state)["intents"].release is None
+    assert ReleaseStore(state).list("intents"), "the release itself is still there"
