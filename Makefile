@@ -57,10 +57,10 @@ bench-routing: $(STAMP) ## the promise on a recorded stream, in the simulator (D
 			"(where it comes from: docs/lab-notes.md)" >&2; exit 1; }
 	$(BIN)/python -m loadtest.routing_bench $(DATA)/banking77_gpt4/stream.csv
 
-lock: $(STAMP) ## pin the newest dependencies that pyproject.toml allows, with their hashes
+lock: $(STAMP) ## pin what pyproject.toml asks for, with hashes (UPGRADE=--upgrade: the newest of everything)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip compile pyproject.toml --group dev --upgrade --output-file requirements.lock --quiet \
-		--generate-hashes --no-emit-index-url --custom-compile-command "make lock"
+	$(BIN)/uv pip compile pyproject.toml --group dev --output-file requirements.lock --quiet $(UPGRADE) \
+		--universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock"
 
 wheel: $(STAMP) ## build dist/understudy-*.whl
 	$(BIN)/python -m build --wheel --no-isolation
