@@ -18,6 +18,8 @@ from routers.looks import (
     spent,
     unseen_chance,
 )
+from routers.looks import tested_grid as levels_to_test  # under its own name pytest takes it for a test
+from routers.promise import Promise
 
 
 @given(st.floats(0.001, 0.999))
@@ -54,6 +56,16 @@ def test_the_grid_goes_from_strict_to_loose_in_steps_of_five_percent() -> None:
     assert list(GRID) == sorted(GRID)
     assert (GRID[0], GRID[-1]) == (0.2, 1.0)
     assert all(math.isclose(b - a, 0.05) for a, b in itertools.pairwise(GRID))
+
+
+def test_a_look_begins_below_forty_percent_only_where_a_level_can_bear_a_disagreement() -> None:
+    forty = [coverage for coverage in GRID if coverage >= 0.4]
+    assert levels_to_test(0, 27) == forty
+    assert levels_to_test(81 / 0.35 - 1, 27) == forty
+    assert levels_to_test(81 / 0.35 + 1, 27) == [0.35, *forty]
+    assert levels_to_test(81 / 0.2 - 1, 27) == list(GRID)[1:]
+    assert levels_to_test(81 / 0.2 + 1, 27) == list(GRID)
+    assert Promise(0.1, 1 - spent(1, 0.1)).least_accepted == 27
 
 
 def test_the_chance_of_an_unseen_answer_is_the_share_of_those_seen_once() -> None:
