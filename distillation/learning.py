@@ -31,8 +31,8 @@ Progress = Callable[[str], None]
 class Lesson:
     """What learning one task came to.
 
-    `outcome` is `released` (live now), `kept` (passed, but the live release answers more), `held` (no level passed),
-    `not_due` or `declined`; `message` says it to a person. `look` is the report of the look, if one was taken.
+    `outcome` is `released` (live now), `held` (no level passed), `not_due` or `declined`; `message` says it to a
+    person. `look` is the report of the look, if one was taken.
     """
 
     task: str
@@ -136,15 +136,12 @@ def _look(
     )
     card = report_card(look, dataset, policy, releases_so_far=len(store.list(task)))
     release, outcome = None, "held"
-    if look.candidate is not None and look.coverage is not None:
-        live = store.live(task)
-        serving = _coverage(dataset, live.release) if live is not None and live.release is not None else 0.0
-        outcome = "released" if look.coverage >= serving else "kept"
-        if outcome == "released":
-            release = store.write(
-                task, look.candidate.files(), {"schema": CARD_SCHEMA, "created": time.time(), **card}
-            )
-            store.set_live(task, release)
+    if look.candidate is not None:
+        # Also where it answers less than what is live: keeping the widest would keep the luckiest, since what it
+        # answers is hardly labelled any more (docs/lab-notes.md).
+        card_on_disk = {"schema": CARD_SCHEMA, "created": time.time(), **card}
+        release, outcome = store.write(task, look.candidate.files(), card_on_disk), "released"
+        store.set_live(task, release)
     journal.end(
         serial, number, labels, {"outcome": outcome, "release": release, "coverage": card["coverage"]}
     )
@@ -157,10 +154,6 @@ def _message(outcome: str, release: str | None, card: Json, policy: TaskSettings
     promise = f"at most {policy.max_disagreement:.1%} disagreement, {policy.certainty:.0%} certain"
     if outcome == "released":
         return f"{release} is live: answers about {card['coverage']:.0%} with {promise}"
-    if outcome == "kept":
-        return (
-            f"passed at {card['coverage']:.0%} coverage, but the live release answers more; next look follows"
-        )
     tested = [level for level in card["levels"] if level["p_value"] is not None]
     if not tested:
         return f"no level has enough labels yet for {promise}; more labels are needed"
@@ -170,11 +163,6 @@ def _message(outcome: str, release: str | None, card: Json, policy: TaskSettings
         f"not yet: at {last['coverage']:.0%} coverage {share:.1%} of {last['accepted']} labels disagree, "
         f"p = {last['p_value']:.3f} where {card['delta']:.4f} is needed for {promise}"
     )
-
-
-def _coverage(dataset: Dataset, release: str) -> float:
-    traffic = dataset.traffic.get(release)
-    return traffic.accepted / traffic.exchanges if traffic is not None and traffic.exchanges else 0.0
 
 
 def _waiting_time(exchanges: Sequence[Exchange], labels: int, needed: int) -> str:

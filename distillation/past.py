@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import orjson
 
@@ -27,14 +27,20 @@ class PastRelease:
     student: LinearStudent
     router: Router
     held_out: Mapping[str, tuple[float, str]]
+    _scored: dict[str, tuple[float, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def accepts(self, id: str, text: str) -> bool:
         """Whether the release would have answered, had it not been fitted on this exchange."""
         scored = self.held_out.get(id)
-        if scored is None:
+        return self.router.decide(*(self.score(text) if scored is None else scored)).accepted
+
+    def score(self, text: str) -> tuple[float, str]:
+        """The student's score and answer key for a text. Remembered: every look scores the whole log again."""
+        known = self._scored.get(text)
+        if known is None:
             prediction = self.student.predict(text)
-            scored = prediction.score, self.student.answers[prediction.index].key
-        return self.router.decide(*scored).accepted
+            known = self._scored[text] = prediction.score, self.student.answers[prediction.index].key
+        return known
 
     def files(self) -> dict[str, bytes]:
         """The whole as files of a release; `read_past` reads them back."""

@@ -12,7 +12,7 @@ from distillation.due import not_due
 from distillation.gate import take_look
 from distillation.linear_training import TermCounts
 from distillation.past import PastRelease
-from routers.looks import PastLook, next_look
+from routers.looks import PastLook, labels_needed, next_look
 from routers.router import Router
 from routers.simulator import LiveStudent, Message
 from serving.agreement import comparison
@@ -21,20 +21,21 @@ from serving.linear import LinearStudent, TokenEstimate
 from serving.settings import TaskPolicy
 
 
+@dataclass(frozen=True, slots=True)
 class SimulatedRelease:
-    """A release as the simulator plays it. Answers are remembered: a text is scored once."""
+    """A release as the simulator plays it."""
 
-    def __init__(self, student: LinearStudent, router: Router) -> None:
-        self.router = router
-        self._student = student
-        self._seen: dict[str, tuple[str, float]] = {}
+    release: PastRelease
+
+    @property
+    def router(self) -> Router:
+        """The release's router."""
+        return self.release.router
 
     def predict(self, text: str) -> tuple[str, float]:
         """The student's answer and score."""
-        if text not in self._seen:
-            prediction = self._student.predict(text)
-            self._seen[text] = self._student.answers[prediction.index].key, prediction.score
-        return self._seen[text]
+        score, answer = self.release.score(text)
+        return answer, score
 
 
 @dataclass(slots=True)
@@ -48,6 +49,9 @@ class SimulatedLearner:
 
     def learn(self, exchanges: Sequence[Exchange]) -> tuple[str, LiveStudent] | None:
         """A new release if a look is due and passes."""
+        most = sum(one.teacher is not None or one.audit == "missing" for one in exchanges)
+        if most < labels_needed(self.looks, self.policy.max_disagreement, self.policy.certainty):
+            return None  # as `not_due` will say, but without reading the whole log
         dataset = build_dataset(exchanges, comparison(self.policy.agreement))
         if not_due(dataset, self.looks, self.policy) is not None:
             return None
@@ -58,7 +62,7 @@ class SimulatedLearner:
             return None
         name = f"r{len(self.releases) + 1:04d}"
         self.releases[name] = look.candidate
-        return name, SimulatedRelease(look.candidate.student, look.candidate.router)
+        return name, SimulatedRelease(look.candidate)
 
 
 @dataclass(frozen=True, slots=True)
