@@ -253,7 +253,7 @@ class LearnsFromDisk:
         if release is None:
             return None
         past = read_past(ReleaseStore(self.state_dir), "intents", release)
-        return release, SimulatedRelease(past.student, past.router)
+        return release, SimulatedRelease(past)
 
     async def _write(self, exchanges: Sequence[Exchange]) -> None:
         log = EventLog(self.state_dir, LogSettings(durability="relaxed"))
