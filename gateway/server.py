@@ -14,9 +14,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
+from gateway import names
 from gateway.app import Gateway, create_app
+from gateway.client import request_id_of
+from gateway.envelope import refuse
 from serving.errors import ConfigError
 from serving.settings import Settings
 
@@ -29,8 +33,9 @@ _GRACEFUL_S = 30
 def serve(settings: Settings, *, config_path: Path | None = None) -> None:
     """Run the gateway until it is told to stop (SIGTERM, SIGINT): requests under way are finished first.
 
-    Raises ConfigError when the address or the state directory can't be used.
+    Raises ConfigError when the address, the state directory or the teacher's key can't be used.
     """
+    settings.teacher_key()  # a worker that can't start would be started again and again
     with ExitStack() as stack:
         listening = stack.enter_context(_bind(settings.server.host, settings.server.port))
         _check_state_dir(settings.state_dir)
@@ -45,7 +50,7 @@ def serve(settings: Settings, *, config_path: Path | None = None) -> None:
             factory=True,
             workers=workers,
             loop="uvloop",
-            http="httptools",
+            http=_Http,
             ws="none",
             access_log=False,
             log_config=None,
@@ -71,6 +76,23 @@ def serve(settings: Settings, *, config_path: Path | None = None) -> None:
             pass
         if workers == 1 and not server.started:
             sys.exit(3)
+
+
+class _Http(HttpToolsProtocol):
+    """uvicorn's HTTP, except that what isn't HTTP is answered in OpenAI's envelope too."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what can't be parsed, and close the connection."""
+        body = refuse(400, f"this isn't HTTP/1.1: {msg}", kind="invalid_request_error").body
+        head = (
+            "HTTP/1.1 400 Bad Request\r\n"
+            "content-type: application/json\r\n"
+            f"content-length: {len(body)}\r\n"
+            f"{names.REQUEST_ID_HEADER}: {request_id_of(None)}\r\n"
+            "connection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
 
 
 def is_exposed(settings: Settings) -> bool:

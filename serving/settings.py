@@ -50,6 +50,23 @@ class ServerSettings(Section):
         default=[], description="the gateway's own keys, plain or as sha256:<hex>"
     )
 
+    @field_validator("api_keys")
+    @classmethod
+    def _can_be_sent(cls, value: list[SecretStr]) -> list[SecretStr]:
+        for position, key in enumerate(value, start=1):
+            text = key.get_secret_value()
+            if not text or text != text.strip() or not (text.isascii() and text.isprintable()):
+                raise ValueError(
+                    f"no client can send key {position} of {len(value)}: it is empty, has spaces around it or "
+                    "characters that can't stand in a header"
+                )
+            if text.startswith("sha256:") and not re.fullmatch(r"sha256:[0-9a-fA-F]{64}", text):
+                raise ValueError(
+                    f"key {position} of {len(value)} begins with sha256: and should go on with the 64 hex digits "
+                    "of the key's SHA-256"
+                )
+        return value
+
 
 class Price(Section):
     """USD per million tokens."""
@@ -204,8 +221,16 @@ class Settings(BaseSettings):
         return TaskSettings(**{**self.task_defaults.model_dump(exclude_unset=True), **own})
 
     def teacher_key(self) -> SecretStr | None:
-        """Return the teacher's key from the environment, or None: then the client's own key is forwarded."""
+        """Return the teacher's key from the environment, or None: then the client's own key is forwarded.
+
+        Raises ConfigError for a key that can't stand in a header, without showing it.
+        """
         value = os.environ.get(self.teacher.api_key_env, "").strip()
+        if not (value.isascii() and value.isprintable()):
+            raise ConfigError(
+                f"the teacher's key in the environment variable {self.teacher.api_key_env} has characters "
+                "that can't be sent (a line break, a letter with an accent, …): set it again"
+            )
         return SecretStr(value) if value else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -91,6 +92,58 @@ def test_it_ends_when_requests_are_over(run: Start, stand_in: Start, tmp_path: P
     assert child.wait(timeout=20) in (0, -signal.SIGTERM)
     segments = list((tmp_path / "here").rglob("*.jsonl*"))
     assert [segment.suffix for segment in segments] == [".jsonl"], "sealed on the way out"
+
+
+def test_it_takes_its_learner_along(
+    run: Start, require: Start, write_log: Start, exchanges: Start, stand_in: Start, tmp_path: Path
+) -> None:
+    require("ps")
+
+    def learners(parent: int | None = None) -> list[int]:
+        listed = subprocess.run(
+            ["ps", "-A", "-o", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True
+        ).stdout
+        found = [line.split(maxsplit=3) for line in listed.splitlines()]
+        return [
+            int(words[0])
+            for words in found
+            if "understudy learn" in words[3] and not words[2].startswith("Z") and words[1] == str(parent)
+        ]
+
+    (tmp_path / "here").symlink_to(write_log(exchanges([("a parcel", "lost")])))
+    child = run(config(stand_in({}).url, "learning.interval_s = 0.1"), "--port", "0")
+    wait_until_ready(address_of(child))
+    deadline = time.monotonic() + 20
+    while not (started := learners(child.pid)):
+        assert time.monotonic() < deadline, "it never began to learn"
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=20) in (0, -signal.SIGTERM)
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_teachers_key_that_cant_be_sent_is_said_in_one_line(run: Start, workers: str) -> None:
+    child = run(config("http://127.0.0.1:9"), "--workers", workers, env={"OPENAI_API_KEY": "sk-tëacher"})
+    out, err = child.communicate(timeout=30)
+    assert child.returncode == 2
+    assert out == ""
+    assert err.startswith("understudy: the teacher's key in the environment variable OPENAI_API_KEY has")
+    assert err.count("\n") == 1
+    assert "sk-t" not in err
+
+
+def test_what_isnt_http_is_told_so_in_the_envelope(run: Start, stand_in: Start) -> None:
+    url = address_of(run(config(stand_in({}).url), "--port", "0"))
+    wait_until_ready(url)
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(b"this is not HTTP\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"\r\nx-request-id: req_" in head
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
 def test_several_workers_count_together(run: Start, stand_in: Start) -> None:

@@ -191,3 +191,30 @@ def test_the_teachers_key_comes_from_its_variable(tmp_path: Path, monkeypatch: p
     assert key is not None
     assert key.get_secret_value() == "sk-1"
     assert "sk-1" not in repr(key)
+
+
+@pytest.mark.parametrize("key", ["sk-tëacher", "sk-1\nsk-2", "sk-1\x7f"])
+def test_a_teachers_key_that_cant_be_sent_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    settings = load_settings(written(tmp_path, "[teacher]\napi_key_env = 'MY_KEY'\n"))
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(ConfigError, match="the environment variable MY_KEY has characters") as caught:
+        settings.teacher_key()
+    assert "sk-" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ("['good', '']", "no client can send key 2 of 2"),
+        ("['spaced ']", "no client can send key 1 of 1"),
+        ("['kéy']", "no client can send key 1 of 1"),
+        ("['sha256:secret']", "key 1 of 1 begins with sha256: and should go on with the 64 hex digits"),
+    ],
+)
+def test_a_key_of_our_own_that_nobody_could_use_is_refused(tmp_path: Path, keys: str, what: str) -> None:
+    said = complaint(tmp_path, f"[server]\napi_keys = {keys}\n")
+    assert said.startswith("server.api_keys = (hidden): ")
+    assert what in said
+    assert "secret" not in said
