@@ -59,11 +59,14 @@ class Ledger:
             return
         if turn.supersedes is not None:
             self.later(turn.task, events.superseded(turn.supersedes, by=turn.id, at=time.time()))
-        event = events.answered(turn.exchange())
         # The client may go away while the line is written: what was answered is logged all the same.
-        turn.logged = await asyncio.shield(self._spawn(self.append(turn.task, event)))
+        await asyncio.shield(self._spawn(self._answered(turn, events.answered(turn.exchange()))))
+
+    async def _answered(self, turn: Turn, event: Json) -> bool:
+        turn.logged = await self.append(turn.task, event)
         if turn.logged:
             self._metrics.record_logged(turn.task)
+        return turn.logged
 
     def cancelled(self, turn: Turn) -> None:
         """Note that the client went away. The answer counts for nothing unless all of it had come."""

@@ -299,10 +299,13 @@ class Pipeline:
         return Reply(200, [*SSE_HEADERS, *_passed_on(headers), *turn.headers()], frames=frames, on_end=on_end)
 
     def _after(self, turn: Turn, delivered: bool) -> None:
-        """Do what comes after the client has its answer, or has gone away."""
+        """Do what comes after the client has its answer, or has gone away.
+
+        An answer that was not delivered is cancelled, and counts for nothing: nobody audits it.
+        """
         if not delivered:
             self._ledger.cancelled(turn)
-        if turn.logged and turn.audit() == "pending":
+        elif turn.logged and turn.audit() == "pending":
             self._audits.start(turn.exchange(), turn.arrival.caller)
 
     def _refuse(self, turn: Turn, error: UnderstudyError) -> Reply:

@@ -238,7 +238,7 @@ def _settled(run: _Run) -> list[Exchange]:
     deadline = time.monotonic() + _SETTLE_S
     while True:
         exchanges = reader.exchanges(run.task).exchanges
-        if time.monotonic() > deadline or all(exchange.audit != "pending" for exchange in exchanges):
+        if time.monotonic() > deadline or not any(exchange.audit_owed for exchange in exchanges):
             return exchanges
         time.sleep(0.2)
 

@@ -86,6 +86,14 @@ class Exchange:
     cost_usd: float | None = None
     schema: int = SCHEMA
 
+    @property
+    def audit_owed(self) -> bool:
+        """Whether an audit has still to be done.
+
+        One that was superseded or cancelled counts for nothing (STATISTICS.md §1), whatever the teacher would say.
+        """
+        return self.audit == "pending" and self.superseded_by is None and not self.cancelled
+
     def to_json(self) -> Json:
         """The exchange as plain JSON, the form it has on disk."""
         return dataclasses.asdict(self)
