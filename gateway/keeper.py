@@ -107,11 +107,7 @@ class Keeper:
             if self._looked.get(task) == size and task not in self._may_be_pending:
                 continue
             self._looked[task] = size
-            pending = [
-                exchange
-                for exchange in self._reader.exchanges(task).exchanges
-                if exchange.audit == "pending" and exchange.superseded_by is None
-            ]
+            pending = [exchange for exchange in self._reader.exchanges(task).exchanges if exchange.audit_owed]
             # One that is too young now will be due without the log having grown.
             self._may_be_pending.discard(task)
             if pending:
@@ -138,14 +134,24 @@ class Keeper:
             os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)
         try:
             if child.stdout is not None:
-                async for line in child.stdout:
-                    log.info("learn: %s", line.decode("utf-8", "replace").rstrip())
+                await _pass_on(child.stdout)
             code = await child.wait()
-        except asyncio.CancelledError:
+        finally:
             await _end(child)
-            raise
         if code != 0:
             log.error("`understudy learn` ended with code %d; trying again when the log has grown", code)
+
+
+async def _pass_on(output: asyncio.StreamReader) -> None:
+    """Write what a child says into our log, to its end."""
+    while True:
+        try:
+            line = await output.readline()
+        except ValueError:
+            continue  # longer than the reader's buffer: what doesn't fit is left out
+        if not line:
+            return
+        log.info("learn: %s", line.decode("utf-8", "replace").rstrip())
 
 
 async def _end(child: asyncio.subprocess.Process) -> None:

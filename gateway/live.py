@@ -25,6 +25,8 @@ log = logging.getLogger("understudy.live")
 POLL_S = 0.2
 _RETIRE_AFTER_S = 30.0
 """A student that was replaced may still be answering; after this long it is closed."""
+_TRY_AGAIN_S = 5.0
+"""How long a release that couldn't be loaded is left alone before it is tried again."""
 
 
 @dataclass(slots=True)
@@ -52,6 +54,7 @@ class LiveReleases:
         self._metrics = metrics
         self._live: dict[str, LiveRelease] = {}
         self._seen: dict[str, tuple[int, int]] = {}
+        self._failed_at: dict[str, float] = {}
         self._retired: list[tuple[float, Student]] = []
 
     def get(self, task: str) -> LiveRelease | None:
@@ -77,10 +80,13 @@ class LiveReleases:
             try:
                 loaded = await asyncio.to_thread(self._load, task)
             except Exception as error:
+                # Somebody may put its files back, and a worker that was out of file descriptors has them again:
+                # no worker may be left behind for good.
+                self._failed_at[task] = time.monotonic()
                 log.error("task %s: the release that is live can't be loaded: %s", task, error)
             else:
+                self._failed_at.pop(task, None)
                 self._swap(task, loaded)
-            # Damaged files don't heal by being read again: the next look is at the next change.
             self._seen[task] = stamp
         await self._close_retired()
 
@@ -92,20 +98,21 @@ class LiveReleases:
             await student.aclose()
 
     def _changed(self) -> list[tuple[str, tuple[int, int]]]:
-        """Return the tasks whose `live` file isn't the one last seen, with what tells it apart."""
+        """Return the tasks whose `live` file isn't the one last seen or couldn't be loaded, with its stamp."""
         try:
             folders = [entry for entry in self._tasks_dir.iterdir() if entry.is_dir()]
         except FileNotFoundError:
             return []
         changed = []
+        due = time.monotonic() - _TRY_AGAIN_S
         for folder in folders:
             try:
                 found = (folder / "live").stat()
-            except FileNotFoundError:
-                continue
+            except OSError:
+                continue  # none, or a folder that isn't ours to read (lost+found): the other tasks go on
             # Replaced by rename: two changes within the clock's tick still differ in their inode.
             stamp = (found.st_mtime_ns, found.st_ino)
-            if self._seen.get(folder.name) != stamp:
+            if self._seen.get(folder.name) != stamp or self._failed_at.get(folder.name, due) < due:
                 changed.append((folder.name, stamp))
         return changed
 

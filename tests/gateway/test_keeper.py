@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from gateway.app import create_app
+from serving.settings import Settings
 
 Start = Callable[..., Any]
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
@@ -40,3 +45,35 @@ def test_it_learns_when_the_log_has_grown(
     assert "learning" not in caplog.text, "nothing was logged, so there is nothing to learn"
     running.post(json=BODY)
     eventually(lambda: "the log has grown: learning" in caplog.text)
+
+
+def learners() -> list[str]:
+    """The processes of `understudy learn` that this one has started and that still run."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "ppid=,stat=,args="], capture_output=True, text=True, check=True
+    ).stdout
+    found = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [
+        words[2]
+        for words in found
+        if words[0] == str(os.getpid()) and not words[1].startswith("Z") and "understudy learn" in words[2]
+    ]
+
+
+def test_a_learner_that_says_too_much_at_once_is_heard_to_its_end(
+    require: Start,
+    serve: Start,
+    write_log: Start,
+    exchanges: Start,
+    eventually: Start,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    require("ps")
+    write_log(exchanges([("a parcel", "lost")]))
+    settings = Settings(state_dir=tmp_path / "state", learning={"interval_s": 0.1})
+    broken = tmp_path / "understudy.toml"
+    broken.write_text("k" * 1_000_000 + " = 1")  # which the learner complains about in one very long line
+    serve(create_app(settings, config_path=broken))
+    eventually(lambda: "ended with code 2" in caplog.text)
+    assert learners() == []

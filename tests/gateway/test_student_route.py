@@ -12,7 +12,7 @@ import httpx
 import orjson
 import pytest
 
-from serving.events import answered
+from serving.events import answered, cancelled
 from serving.exchange import Exchange, StudentAnswer
 from serving.log import EventLog, LogReader
 from serving.releases import ReleaseStore
@@ -260,6 +260,22 @@ def test_a_damaged_release_leaves_the_one_before(
     eventually(lambda: running.post(json=body("parcel lost")).headers["x-understudy-release"] == "r0003")
 
 
+def test_a_release_that_was_put_back_is_taken_in(
+    live: Start, publish: Start, eventually: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    running, _ = live()
+    publish(running.state_dir, "intents", STUDENT, live=False)
+    router = running.state_dir / "tasks" / "intents" / "releases" / "r0002" / "router.json"
+    backup = running.state_dir / "backup"
+    router.rename(backup)
+    replacement = running.state_dir / "live"
+    replacement.write_bytes(orjson.dumps({"release": "r0002", "generation": 2, "previous": ["r0001"]}))
+    replacement.replace(running.state_dir / "tasks" / "intents" / "live")
+    eventually(lambda: "can't be loaded" in caplog.text)
+    backup.rename(router)
+    eventually(lambda: running.post(json=body("parcel lost")).headers["x-understudy-release"] == "r0002")
+
+
 def pending(id: str, created: float) -> Exchange:
     choices = [{"index": 0, "message": {"role": "assistant", "content": "lost"}, "finish_reason": "stop"}]
     return Exchange(
@@ -288,6 +304,8 @@ def test_audits_of_a_process_that_died_are_taken_up(
         log = EventLog(tmp_path / "state", LogSettings())
         await log.append("intents", answered(pending("old", time.time() - 3600)))
         await log.append("intents", answered(pending("young", time.time())))
+        await log.append("intents", answered(pending("left", time.time() - 3600)))
+        await log.append("intents", cancelled("left", teacher=None, at=time.time()))
         await log.aclose()
 
     asyncio.run(leave_behind())
@@ -299,3 +317,4 @@ def test_audits_of_a_process_that_died_are_taken_up(
 
     eventually(lambda: audits()["old"] == outcome)
     assert audits()["young"] == "pending", "somebody may still be at it"
+    assert audits()["left"] == "pending", "the client never had that answer"
