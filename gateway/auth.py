@@ -62,7 +62,9 @@ class Gate:
             # Every key is compared, so that the time taken doesn't tell which one was near.
             if not any([hmac.compare_digest(digest, known) for known in self._digests]):  # noqa: C419
                 raise _unauthorized("this API key isn't known to the gateway")
-        tenant = ANONYMOUS if key is None else hashlib.sha256(key.encode()).hexdigest()[:16]
+        # What isn't a Bearer key may still be somebody's credentials: two of them aren't one tenant.
+        secret = authorization if key is None else key
+        tenant = ANONYMOUS if not secret else hashlib.sha256(secret.encode()).hexdigest()[:16]
         return Caller(tenant, authorization if self.client_keys else None)
 
     def verified(self, caller: Caller) -> bool:

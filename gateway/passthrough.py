@@ -21,6 +21,8 @@ from serving.upstream import UpstreamResponse
 log = logging.getLogger("understudy.passthrough")
 
 _HELD_BYTES = 64 * 1024
+_OURS = frozenset({names.REQUEST_ID_HEADER, "date"})
+"""Headers of the teacher's answer that the gateway, or the server it runs in, writes itself."""
 _TOLD = [(names.ROUTE_HEADER, "teacher"), (names.REASON_HEADER, names.REASON_PASSTHROUGH)]
 
 
@@ -72,11 +74,13 @@ class Passthrough:
         return 499  # the client has gone: `watched` was left quietly
 
     async def _relay(self, client: Client, response: UpstreamResponse) -> None:
-        headers = [(name, value) for name, value in response.headers if name != names.REQUEST_ID_HEADER]
+        headers = [(name, value) for name, value in response.headers if name not in _OURS]
         kind = next((value for name, value in headers if name == "content-type"), "")
         if response.status >= 400 and "json" not in kind:
             kept = [(name, value) for name, value in headers if name in FORWARDED_HEADERS]
-            body = enveloped(response.status, await response.read())
+            packed = any(name == "content-encoding" for name, _ in headers)
+            # A page that is compressed can't be quoted, and isn't worth unpacking.
+            body = enveloped(response.status, b"" if packed else await response.read())
             await client.refuse(Refusal(response.status, body, kept), _TOLD)
             return
         await client.start(response.status, [*headers, *_TOLD])

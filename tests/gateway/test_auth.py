@@ -54,6 +54,14 @@ def test_without_keys_of_its_own_the_clients_key_is_forwarded(stand_in: Start, g
     assert running.get("/v1/models", headers=key("client-key")).status_code == 200
 
 
+def test_credentials_that_are_no_bearer_key_are_told_apart() -> None:
+    gate = Gate([], None)
+    gate.teacher_accepted(gate.admit("Basic good"))
+    assert gate.verified(gate.admit("Basic good"))
+    assert not gate.verified(gate.admit("Basic made-up"))
+    assert not gate.verified(gate.admit(None))
+
+
 def test_a_key_is_verified_for_a_while_by_the_teachers_yes() -> None:
     now = [0.0]
     gate = Gate([], None, clock=lambda: now[0])

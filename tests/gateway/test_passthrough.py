@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -109,6 +110,23 @@ def test_an_answer_that_breaks_isnt_made_to_look_whole(serve: Start, gateway: St
     running = gateway(serve(broken))
     with pytest.raises(httpx.RemoteProtocolError):
         running.get("/v1/audio")
+
+
+def test_an_error_page_that_is_compressed_is_not_quoted(serve: Start, gateway: Start) -> None:
+    async def proxy(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            headers = [(b"content-type", b"text/html"), (b"content-encoding", b"gzip")]
+            await send({"type": "http.response.start", "status": 503, "headers": headers})
+            await send({"type": "http.response.body", "body": gzip.compress(b"<h1>Busy</h1>")})
+
+    answer = gateway(serve(proxy)).get("/v1/models")
+    assert answer.status_code == 503
+    assert "content-encoding" not in answer.headers
+    assert answer.json()["error"]["message"] == "the teacher answered with status 503"
+
+
+def test_there_is_one_date(running: Any) -> None:
+    assert len(running.get("/v1/models").headers.get_list("date")) == 1
 
 
 def test_pass_through_is_metered(running: Any) -> None:
