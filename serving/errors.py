@@ -5,12 +5,19 @@ UnderstudyError
 ├── RecordingError         a recording can't be read
 ├── DamagedRelease         a release's files are missing or don't match their checksums
 ├── UnknownTask, UnknownRelease
-├── TooFewExchanges        not enough in the log to learn from; the message says how many more
+├── LearningElsewhere      another process is learning this task (distillation/journal.py)
+├── StackError             a process that a replay started has died (loadtest/stack.py)
 ├── RequestError           the client's fault: becomes OpenAI's envelope with its own status
+│   └── ScriptedError      an error that the stand-in was asked for (serving/stand_in.py)
 └── UpstreamError          the teacher answered with an error, or not at all
     ├── UpstreamRefused    a status of 400 or more, with the upstream's own body
     ├── UpstreamTimeout    no answer within the deadline
     └── UpstreamBroken     no connection, or one that ended in the middle of an answer
+        ├── NothingSent      no connection: the upstream saw nothing (serving/upstream.py)
+        ├── StaleConnection  a kept connection had ended (serving/upstream.py)
+        └── StreamFailed     the teacher reported an error in its stream (serving/teacher_stream.py)
+
+An error stands beside what raises it when nobody else has to know it.
 """
 
 from __future__ import annotations
@@ -40,10 +47,6 @@ class UnknownTask(UnderstudyError):
 
 class UnknownRelease(UnderstudyError):
     """The task has no release of that name."""
-
-
-class TooFewExchanges(UnderstudyError):
-    """The log holds too little to learn from yet."""
 
 
 class RequestError(UnderstudyError):

@@ -159,16 +159,21 @@ class Teacher:
 
         `target` is path and query as the client sent them; what follows "/v1" is appended to the base URL.
         Headers lose what belongs to one connection or to us, in both directions; bodies stay as they are.
-        Repeated only when nothing was sent and the method is idempotent.
+        Repeated, if `body` is bytes, when there was no connection, and for idempotent methods when a kept one
+        had ended: of a POST nobody can tell then whether it was done (nginx and Go's client don't repeat it
+        either). The client gets 502, which OpenAI's own clients repeat.
 
         Raises RequestError for a target outside /v1, UpstreamTimeout or UpstreamBroken.
         """
         path = upstream_path(target)
         sent = [*forwardable_request(headers), *self._credentials(authorization)]
-        again = method in _IDEMPOTENT and isinstance(body, bytes)
 
         def repeatable(error: UpstreamError) -> bool:
-            return again and isinstance(error, NothingSent | StaleConnection)
+            if not isinstance(body, bytes):
+                return False
+            return isinstance(error, NothingSent) or (
+                isinstance(error, StaleConnection) and method in _IDEMPOTENT
+            )
 
         async def attempt() -> UpstreamResponse:
             return await self._upstream.request(method, path, headers=sent, body=body)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -778,6 +779,33 @@ def test_only_what_may_be_repeated_is_forwarded_again() -> None:
             with pytest.raises(UpstreamBroken):
                 await teacher.forward("POST", "/v1/files", [], b"x", authorization=None)
             assert len(upstream.requests) == 2
+
+    run(scenario())
+
+
+def test_what_was_never_sent_is_forwarded_again_whatever_it_is() -> None:
+    async def scenario() -> None:
+        heard: list[bytes] = []
+
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            heard.append((await reader.readuntil(b"\r\n\r\n")).partition(b"\r\n")[0])
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+            await writer.drain()
+            writer.close()
+
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))  # and doesn't listen yet: connections are refused
+            url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
+            settings = TeacherSettings(base_url=url, timeout_s=10, max_retries=5)
+            connections = Upstream(url, timeout_s=10)
+            teacher = Teacher(settings, connections, None, PriceList(None))
+            asked = asyncio.create_task(teacher.forward("POST", "/v1/files", [], b"x", authorization=None))
+            await asyncio.sleep(0.05)
+            assert not asked.done()
+            async with await asyncio.start_server(connected, sock=bound), await asked as response:
+                assert await response.read() == b"ok"
+            await connections.aclose()
+        assert heard == [b"POST /v1/files HTTP/1.1"]
 
     run(scenario())
 
