@@ -246,9 +246,6 @@ def learn(
     quiet: Annotated[bool, typer.Option(help="No progress line.")] = False,
 ) -> None:
     """Train the next student from the log, look at its promise, and release it if it keeps it."""
-    # Before NumPy is loaded: learning runs beside a gateway and leaves it the other cores.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from distillation.console import print_json, print_lessons, progress_line
     from distillation.learning import learn as learn_tasks
     from serving.settings import load_settings

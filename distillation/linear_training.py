@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.linalg import solve_triangular
+from threadpoolctl import threadpool_limits
 
 from routers.logistic import Logistic, fit_logistic
 from serving.linear import KnownAnswer, LinearStudent, TokenEstimate
@@ -42,8 +43,15 @@ class TermCounts:
     ) -> LinearStudent:
         """Fit a student to the texts numbered `rows` int[m], whose answers are `known[answers[i]]`, int[m].
 
-        The student knows only the answers among `answers`.
+        The student knows only the answers among `answers`. Takes one core: the others are the gateway's, and BLAS
+        threads that have to wait for one spin.
         """
+        with threadpool_limits(1):
+            return self._fit(rows, answers, known, tokens)
+
+    def _fit(
+        self, rows: Ints, answers: Ints, known: Sequence[KnownAnswer], tokens: TokenEstimate
+    ) -> LinearStudent:
         word_columns, word_idf, words = _tfidf(self._words[rows])
         character_columns, character_idf, characters = _tfidf(self._characters[rows])
         features = sparse.hstack([words, characters], format="csr", dtype=np.float32) * np.float32(

@@ -133,8 +133,6 @@ def main() -> None:
     console = Console()
     began = time.monotonic()
     seeds: list[Seed] = []
-    # One thread a process: the matrices are small, and the processes share the cores already.
-    os.environ.update({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
     with ProcessPoolExecutor(options.jobs) as pool, Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("simulating", total=options.seeds)
         futures = [
