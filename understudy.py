@@ -27,6 +27,9 @@ def main() -> None:
     except UnderstudyError as error:
         print(f"understudy: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # the disk's: the message names the file
+        print(f"understudy: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        sys.exit(2)
 
 
 def _print_version(wanted: bool) -> None:
@@ -263,26 +266,28 @@ def promote(
     task: Annotated[str, typer.Argument(help="The task.")],
     release: Annotated[str, typer.Argument(help="The release to make live, as r0001.")],
     config: _Config = None,
+    json: _AsJson = False,
 ) -> None:
     """Make a release live. Gateways take it in within a second, without a restart."""
+    from distillation.console import print_live
     from serving.releases import ReleaseStore
     from serving.settings import load_settings
 
-    live = ReleaseStore(load_settings(config).state_dir).set_live(task, release)
-    print(f"{task}: {live.release} is live (generation {live.generation})")
+    print_live(task, ReleaseStore(load_settings(config).state_dir).set_live(task, release), json)
 
 
 @app.command()
 def rollback(
     task: Annotated[str, typer.Argument(help="The task.")],
     config: _Config = None,
+    json: _AsJson = False,
 ) -> None:
     """Go back to the release before, or to the teacher alone if there was none."""
+    from distillation.console import print_live
     from serving.releases import ReleaseStore
     from serving.settings import load_settings
 
-    live = ReleaseStore(load_settings(config).state_dir).rollback(task)
-    print(f"{task}: {live.release or 'the teacher alone'} is live (generation {live.generation})")
+    print_live(task, ReleaseStore(load_settings(config).state_dir).rollback(task), json)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from rich.table import Table
 from distillation.economics import TaskSummary
 from distillation.learning import Lesson
 from serving.exchange import Json
+from serving.releases import Live
 
 
 @contextmanager
@@ -37,6 +38,14 @@ def print_lessons(lessons: list[Lesson]) -> None:
         print(f"{lesson.task}: {lesson.outcome.replace('_', ' ')}: {lesson.message}")
     if not lessons:
         print("nothing to learn: no task has a log yet")
+
+
+def print_live(task: str, live: Live, json: bool) -> None:
+    """What is live now, after a promotion or a rollback."""
+    if json:
+        print_json({"task": task, "release": live.release, "generation": live.generation})
+    else:
+        print(f"{task}: {live.release or 'the teacher alone'} is live (generation {live.generation})")
 
 
 def print_tasks(summaries: list[TaskSummary]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from distillation.dataset import Dataset, build_dataset
 from distillation.due import not_due
-from distillation.journal import LookJournal
+from distillation.journal import LearningElsewhere, LookJournal
 from distillation.past import PastRelease, read_past
 from routers.looks import labels_needed, next_look
 from serving.agreement import comparison
@@ -61,18 +61,27 @@ def learn(
 ) -> list[Lesson]:
     """Learn one task, or every task that has a log.
 
-    Raises UnknownTask for a task without a log, LearningElsewhere, and OSError as the disk does.
+    Raises UnknownTask for a task without a log, LearningElsewhere for one that is being learned, and OSError as the
+    disk does.
     """
     reader = LogReader(settings.state_dir)
     logged = [name for name in reader.tasks() if name not in RESERVED_TASKS]
     if task is None:
-        return [_learn_task(settings, reader, name, progress) for name in logged]
+        return [_learn_if_free(settings, reader, name, progress) for name in logged]
     if task not in logged:
         known = ", ".join(logged) or "none yet"
         raise UnknownTask(
             f"there is no log of task {task!r} under {settings.state_dir}; tasks with one: {known}"
         )
     return [_learn_task(settings, reader, task, progress)]
+
+
+def _learn_if_free(settings: Settings, reader: LogReader, task: str, progress: Progress) -> Lesson:
+    """One of all tasks: that it is being learned elsewhere doesn't keep the others waiting."""
+    try:
+        return _learn_task(settings, reader, task, progress)
+    except LearningElsewhere as error:
+        return Lesson(task, "not_due", str(error), 0)
 
 
 def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Progress) -> Lesson:

@@ -164,8 +164,14 @@ class ReleaseStore:
             return self._replace(task, Live(release, now.generation + 1, previous[:_MAX_PREVIOUS]))
 
     def rollback(self, task: str) -> Live:
-        """Go back to the release that was live before and is still intact; if there is none, withdraw."""
-        self.live(task)  # a damaged file is an error here, not something to roll back from
+        """Go back to the release that was live before and is still intact; if there is none, withdraw.
+
+        Raises UnknownRelease if no release is live and none was before: there is nothing to go back from. A damaged `live` raises
+        DamagedRelease.
+        """
+        live = self.live(task)
+        if live is None or (live.release is None and not live.previous):
+            raise UnknownRelease(f"no release of task {task} is live, so there is nothing to go back from")
         with self._changing(task) as now:
             for position, release in enumerate(now.previous):
                 try:

@@ -58,6 +58,10 @@ def test_the_whole_loop(run: Make, write_log: Make, exchanges: Make) -> None:
     assert summary["cost_usd"] == pytest.approx(0.09)
     assert run("rollback", "intents").stdout == "intents: the teacher alone is live (generation 2)\n"
     assert run("promote", "intents", "r0001").stdout == "intents: r0001 is live (generation 3)\n"
+    said = orjson.loads(run("rollback", "intents", "--json").stdout)
+    assert said == {"task": "intents", "release": None, "generation": 4}
+    said = orjson.loads(run("promote", "intents", "r0001", "--json").stdout)
+    assert said == {"task": "intents", "release": "r0001", "generation": 5}
 
 
 def test_promote_and_rollback_between_releases(run: Make, publish: Make, tmp_path: Path) -> None:
@@ -99,9 +103,17 @@ def test_unknown_names(run: Make, write_log: Make, exchanges: Make, publish: Mak
     assert "has no release" in run("promote", "intents", "../r0001", code=2).stderr
     assert "can't be the name of a task" in run("rollback", "../intents", code=2).stderr
     assert "has no release" in run("promote", "parcels", "r0001", code=2).stderr
+    assert "nothing to go back from" in run("rollback", "intent", code=2).stderr
+    assert not (state / "tasks" / "intent").exists(), "a slip of the keyboard makes no task"
     live = ReleaseStore(state).live("intents")
     assert live is not None
     assert (live.release, live.generation) == ("r0001", 1)
+
+
+def test_a_disk_that_refuses(run: Make, tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file where the folder should be")
+    said = run("promote", "intents", "r0001", code=2).stderr
+    assert str(tmp_path / "state") in said or "has no release" in said
 
 
 def test_a_damaged_release(run: Make, publish: Make, tmp_path: Path) -> None:

@@ -327,10 +327,11 @@ class TestDamage:
     def test_two_at_the_same_time(self, write_log: Make, exchanges: Make) -> None:
         state = write_log(exchanges(pairs(120)))
         with LookJournal(state, "intents").alone():
-            done = run_learn(state)
-        assert done.returncode == 2
-        assert done.stdout == ""
-        assert done.stderr == "understudy: task intents is being learned by another process; wait for it\n"
+            named = run_learn(state, "--task", "intents")
+            every = run_learn(state)
+        busy = "task intents is being learned by another process; wait for it\n"
+        assert (named.returncode, named.stdout, named.stderr) == (2, "", f"understudy: {busy}")
+        assert (every.returncode, every.stdout) == (0, f"intents: not due: {busy}"), "other tasks don't wait"
         assert looks(state) == []
 
     def test_a_process_killed_in_the_middle_of_a_look_has_spent_it(
@@ -369,9 +370,9 @@ certainty = 0.9
     return config
 
 
-def run_learn(state: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+def run_learn(state: Path, *more: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command("learn", "--config", str(config_for(state))),
+        command("learn", "--config", str(config_for(state)), *more),
         env=environment(),
         capture_output=True,
         text=True,
