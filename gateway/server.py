@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -28,6 +31,9 @@ log = logging.getLogger("understudy.server")
 
 _BACKLOG = 2048
 _GRACEFUL_S = 30
+_HUNG_AFTER_S = 30
+"""A worker that doesn't answer its supervisor for so long is replaced. uvicorn's 5 s kill a worker on a busy
+machine before it has imported what it needs, and the next one, and the next."""
 
 
 def serve(settings: Settings, *, config_path: Path | None = None) -> None:
@@ -58,6 +64,7 @@ def serve(settings: Settings, *, config_path: Path | None = None) -> None:
             server_header=False,
             backlog=_BACKLOG,
             timeout_graceful_shutdown=_GRACEFUL_S,
+            timeout_worker_healthcheck=_HUNG_AFTER_S,
         )
         print(_start_line(settings, listening), flush=True)
         if is_exposed(settings):
@@ -107,7 +114,27 @@ def is_exposed(settings: Settings) -> bool:
 def _create_worker(settings: Settings, config_path: Path | None) -> Gateway:
     """Build the application in the process that runs it."""
     _configure_logging()
+    if settings.server.workers > 1:
+        log.info("worker %d starts", os.getpid())
+        _end_with_supervisor()
     return create_app(settings, config_path=config_path)
+
+
+def _end_with_supervisor() -> None:
+    """Stop this worker, in order, when its supervisor is killed.
+
+    Nobody would supervise it any more, and the address would stay taken for the next start.
+    """
+    supervisor = multiprocessing.parent_process()
+    if supervisor is None:
+        return
+
+    def wait() -> None:
+        supervisor.join()
+        log.error("the supervisor is gone: worker %d stops", os.getpid())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="supervisor-watch", daemon=True).start()
 
 
 def _configure_logging() -> None:

@@ -149,7 +149,7 @@ def test_what_isnt_http_is_told_so_in_the_envelope(run: Start, stand_in: Start) 
 def test_several_workers_count_together(run: Start, stand_in: Start) -> None:
     child = run(config(stand_in({"hello": "greeting"}).url), "--port", "0", "--workers", "2")
     url = address_of(child)
-    wait_until_ready(url)
+    wait_until_ready(url, within_s=60)
     for _ in range(20):
         # A connection each, so that the kernel hands them to both workers.
         assert httpx.post(f"{url}/v1/chat/completions", json=BODY).status_code == 200
@@ -159,6 +159,41 @@ def test_several_workers_count_together(run: Start, stand_in: Start) -> None:
         assert [float(value) for value in counted] == [20.0]
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=20) in (0, -signal.SIGTERM)
+
+
+def test_workers_end_with_a_supervisor_that_was_killed(run: Start, stand_in: Start) -> None:
+    child = run(config(stand_in({"hello": "greeting"}).url), "--port", "0", "--workers", "2")
+    url = address_of(child)
+    wait_until_ready(url, within_s=60)
+    child.kill()
+    child.wait(timeout=10)
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            httpx.get(f"{url}/healthz", timeout=5)
+        except httpx.TransportError:
+            break
+        assert time.monotonic() < deadline, "somebody still serves"
+        time.sleep(0.1)
+    # Nobody holds the pipes any more; workers that live on would keep this waiting.
+    child.communicate(timeout=20)
+
+
+def test_workers_that_take_long_to_start_are_waited_for(run: Start, stand_in: Start, tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text(
+        "import sys, time\nif '--multiprocessing-fork' in sys.orig_argv:\n    time.sleep(6)\n"
+    )
+    path = os.pathsep.join([str(slow), *_import_path()])
+    child = run(
+        config(stand_in({"hello": "greeting"}).url), "--port", "0", "--workers", "2", env={"PYTHONPATH": path}
+    )
+    url = address_of(child)
+    wait_until_ready(url, within_s=60)
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=30)
+    assert len(re.findall("worker [0-9]+ starts", err)) == 2, "none was killed and replaced"
 
 
 def test_what_is_wrong_is_said_in_one_line(run: Start) -> None:
