@@ -166,8 +166,8 @@ class ReleaseStore:
     def rollback(self, task: str) -> Live:
         """Go back to the release that was live before and is still intact; if there is none, withdraw.
 
-        Raises UnknownRelease if no release is live and none was before: there is nothing to go back from. A damaged `live` raises
-        DamagedRelease.
+        Raises UnknownRelease if no release is live and none was before: there is nothing to go back from. A
+        damaged `live` raises DamagedRelease.
         """
         live = self.live(task)
         if live is None or (live.release is None and not live.previous):
