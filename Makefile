@@ -59,7 +59,7 @@ bench-routing: $(STAMP) ## the promise on a recorded stream, in the simulator (D
 
 lock: $(STAMP) ## pin what pyproject.toml asks for, with hashes (UPGRADE=--upgrade: the newest of everything)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip compile pyproject.toml --group dev --output-file requirements.lock --quiet $(UPGRADE) \
+	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --output-file requirements.lock --quiet $(UPGRADE) \
 		--universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock"
 
 wheel: $(STAMP) ## build dist/understudy-*.whl
