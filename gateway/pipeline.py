@@ -95,13 +95,14 @@ class Pipeline:
                 param=names.ROUTE_HEADER,
             )
         chat = ChatRequest.parse(arrival.raw)
-        task = self._tasks.find(chat.body, arrival.task)
+        task, newcomer = self._tasks.find(chat.body, arrival.task)
         release = self._live.get(task)
         storable = chat.body.get("store") is not False
         turn = Turn(
             arrival=arrival,
             chat=chat,
             task=task,
+            newcomer=newcomer,
             policy=self._tasks.policy(task),
             release=release,
             storable=storable,
@@ -226,7 +227,7 @@ class Pipeline:
             )
         finally:
             turn.waited_s += time.perf_counter() - began
-        self._gate.teacher_accepted(turn.arrival.caller)
+        self._accepted(turn)
         turn.teacher = reply.answer
         self._ledger.settle(turn)
         await self._ledger.commit(turn)
@@ -244,7 +245,7 @@ class Pipeline:
             stream = await opened.__aenter__()
         finally:
             turn.waited_s += time.perf_counter() - began
-        self._gate.teacher_accepted(turn.arrival.caller)
+        self._accepted(turn)
         return self._streamed(turn, stream.headers, self._teacher_frames(turn, stream), opened)
 
     async def _student_frames(self, turn: Turn, whole: Json) -> AsyncGenerator[bytes, None]:
@@ -312,6 +313,12 @@ class Pipeline:
         refusal = refusal_of(error)
         self._ledger.close_books(turn, refusal.status)
         return refused(refusal, turn.headers())
+
+    def _accepted(self, turn: Turn) -> None:
+        """Note that the teacher answered: the caller's key is good, and an unseen prompt may become a task."""
+        self._gate.teacher_accepted(turn.arrival.caller)
+        if turn.newcomer is not None:
+            turn.task = self._tasks.confirm(turn.newcomer)
 
     def _note_failure(self, turn: Turn, error: UpstreamError) -> None:
         self._metrics.record_upstream_error(_TEACHER, error.kind)

@@ -34,7 +34,11 @@ class Arrival:
 
 @dataclass(slots=True)
 class Turn:
-    """What is known of one chat request so far. Times are in seconds; `started` is of the monotonic clock."""
+    """What is known of one chat request so far. Times are in seconds; `started` is of the monotonic clock.
+
+    `newcomer` is the name of the task that its prompt may become once the teacher has answered; until then
+    `task` is `other`.
+    """
 
     arrival: Arrival
     chat: ChatRequest
@@ -43,6 +47,7 @@ class Turn:
     release: LiveRelease | None
     storable: bool
     eligible: bool
+    newcomer: str | None = None
     coin: bool = False
     audit_rate: float = 0.0
     supersedes: str | None = None

@@ -25,7 +25,8 @@ from serving.errors import ConfigError
 DEFAULT_FILE = Path("understudy.toml")
 ENV_PREFIX = "UNDERSTUDY_"
 RESERVED_TASKS = frozenset({"other"})
-"""`other` takes the requests of every prompt beyond `server.max_tasks`; nothing is learned from it."""
+"""`other` takes the requests of every prompt that is no task (yet, or beyond `server.max_tasks`); nothing is learned
+from it."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
