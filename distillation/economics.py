@@ -21,9 +21,9 @@ from serving.settings import RESERVED_TASKS, Settings, TaskSettings
 class TaskSummary:
     """One line of `understudy tasks`.
 
-    `cost_usd` is what was spent, audits and rejected student answers included; `teacher_cost_usd` what one teacher
-    answer costs on average (None: no price is known). `unseen` is the chance that the next answer is new. `outlook`
-    says in words whether a student looks worth it, and why.
+    `cost_usd` is what was spent: audits, rejected student answers and answers whose clients left are included.
+    `teacher_cost_usd` is what one teacher answer costs on average (None: no price is known), `unseen` the chance that
+    the next answer is new. `outlook` says in words whether a student looks worth it, and why.
     """
 
     task: str
@@ -69,7 +69,7 @@ def _summary(settings: Settings, reader: LogReader, task: str) -> TaskSummary:
         labels=len(dataset.rows),
         distinct_answers=len(set(answers)),
         unseen=unseen_chance(answers),
-        cost_usd=sum(_cost(e) for e in read.exchanges),
+        cost_usd=sum(_cost(e) for e in read.exchanges) + read.unanswered_usd,
         teacher_cost_usd=sum(prices) / len(prices) if prices else None,
         release=live.release if live is not None else None,
         outlook=_outlook(settings, task, policy, dataset),

@@ -12,6 +12,7 @@ from typing import Any
 from gateway.metrics import Metrics
 from gateway.turn import Turn
 from serving import events
+from serving.estimate import unfinished_usage
 from serving.exchange import Json, StudentAnswer, TeacherAnswer
 from serving.log import EventLog
 from serving.pricing import PriceList
@@ -46,12 +47,33 @@ class Ledger:
         return dataclasses.replace(answer, cost_usd=seconds * self._student_usd_per_s)
 
     def settle(self, turn: Turn) -> None:
-        """Work out what the request cost: the answer given and, if it was rejected, the student's as well."""
+        """Work out and count what the request cost, once its answer is whole, whether or not it arrives.
+
+        That is the answer given and, if it was rejected, the student's as well.
+        """
+        turn.asking = False
         student = turn.student.cost_usd if turn.student else None
         if turn.route == "student":
             turn.cost_usd = student
         elif turn.teacher is not None and turn.teacher.cost_usd is not None:
             turn.cost_usd = turn.teacher.cost_usd + (student or 0.0)
+        answer = self._given(turn)
+        self._metrics.record_tokens(turn.task, turn.route, answer.usage if answer else None)
+        self._metrics.record_spending(turn.task, turn.route, turn.cost_usd, self._avoided(turn))
+
+    def broken_off(self, turn: Turn) -> float | None:
+        """Count what an answer cost that didn't come to its end, and return it; None where nothing is owed.
+
+        The teacher bills what it did until then. How much that was can only be estimated.
+        """
+        if not turn.asking:
+            return None
+        turn.asking = False
+        usage = unfinished_usage(turn.chat.body, turn.received)
+        usd, _ = self._prices.cost(self._teacher_model or turn.chat.model, usage)
+        self._metrics.record_tokens(turn.task, turn.route, usage)
+        self._metrics.record_spending(turn.task, turn.route, usd, None)
+        return usd
 
     async def commit(self, turn: Turn) -> None:
         """Return when the exchange is durable, or counted as lost. One that isn't storable leaves nothing."""
@@ -70,8 +92,10 @@ class Ledger:
 
     def cancelled(self, turn: Turn) -> None:
         """Note that the client went away. The answer counts for nothing unless all of it had come."""
+        usd = self.broken_off(turn)
         if turn.storable:
-            self.later(turn.task, events.cancelled(turn.id, teacher=turn.teacher, at=time.time()))
+            event = events.cancelled(turn.id, teacher=turn.teacher, at=time.time(), estimated_usd=usd)
+            self.later(turn.task, event)
 
     def later(self, task: str, event: Json) -> None:
         """Append an event without waiting for it; `aclose` does."""
@@ -98,11 +122,6 @@ class Ledger:
         self._metrics.record_request(turn.task, turn.route, turn.reason, status, turn.elapsed_s())
         if turn.decision is not None:
             self._metrics.record_confidence(turn.task, turn.decision.confidence)
-        answer = self._given(turn)
-        if answer is None or status != 200:
-            return
-        self._metrics.record_tokens(turn.task, turn.route, answer.usage)
-        self._metrics.record_spending(turn.task, turn.route, turn.cost_usd, self._avoided(turn))
 
     def would_have_cost(self, turn: Turn) -> float | None:
         """Return what the teacher would have cost for the student's answer, in USD."""

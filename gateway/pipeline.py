@@ -142,6 +142,7 @@ class Pipeline:
                 return await self._teacher_stream(turn)
             return await self._teacher_whole(turn)
         except UpstreamError as error:
+            turn.asking = False
             self._note_failure(turn, error)
             if turn.student is None or not self._student_may_step_in(turn, error):
                 raise
@@ -218,6 +219,7 @@ class Pipeline:
 
     async def _teacher_whole(self, turn: Turn) -> Reply:
         began = time.perf_counter()
+        turn.asking = True
         try:
             reply = await self._teacher.complete(
                 turn.chat.body,
@@ -241,11 +243,13 @@ class Pipeline:
             headers=turn.arrival.headers,
         )
         began = time.perf_counter()
+        turn.asking = True
         try:
             stream = await opened.__aenter__()
         finally:
             turn.waited_s += time.perf_counter() - began
         self._accepted(turn)
+        turn.received = stream.assembler
         return self._streamed(turn, stream.headers, self._teacher_frames(turn, stream), opened)
 
     async def _student_frames(self, turn: Turn, whole: Json) -> AsyncGenerator[bytes, None]:
@@ -262,6 +266,7 @@ class Pipeline:
         except UpstreamError as error:
             # Too late for a status of its own: the error is a frame, and the stream ends without [DONE].
             self._note_failure(turn, error)
+            self._ledger.broken_off(turn)
             self._ledger.close_books(turn, 502)
             yield sse(
                 enveloped(502, error.body) if isinstance(error, StreamFailed) else refusal_of(error).body

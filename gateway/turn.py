@@ -10,6 +10,7 @@ from gateway import names
 from gateway.auth import Caller
 from gateway.live import LiveRelease
 from routers.router import Decision
+from serving.assembler import Assembler
 from serving.chat import ChatRequest
 from serving.exchange import Audit, Exchange, Route, StudentAnswer, TeacherAnswer
 from serving.settings import TaskSettings
@@ -38,6 +39,7 @@ class Turn:
 
     `newcomer` is the name of the task that its prompt may become once the teacher has answered; until then
     `task` is `other`.
+    `asking`: the teacher has been asked and its answer isn't whole; `received` is what has come of a stream.
     """
 
     arrival: Arrival
@@ -56,6 +58,8 @@ class Turn:
     student: StudentAnswer | None = None
     decision: Decision | None = None
     teacher: TeacherAnswer | None = None
+    asking: bool = False
+    received: Assembler | None = None
     cost_usd: float | None = None
     waited_s: float = 0.0
     logged: bool = False

@@ -7,7 +7,8 @@ Kinds (the event's own field `event`):
 - `answered`: every field of an Exchange; what is known when the client has its answer.
 - `audited`: `id`, `teacher` (the answer fetched afterwards, or null: it is missing), `agreement`, `at`.
 - `superseded`: `id`, `by` (the id of the retry that replaces it), `at`.
-- `cancelled`: `id`, `teacher` (the answer that still came, or null), `at`; the client went away.
+- `cancelled`: `id`, `teacher` (the answer that still came, or null), `at`; the client went away. If the teacher's
+  answer was incomplete then: `cost_usd`, what it cost all the same, and `estimated`.
 
 Events of one exchange may be written by different processes, so they may be read in any order.
 """
@@ -65,13 +66,18 @@ def superseded(id: str, *, by: str, at: float) -> Json:
     return {"event": "superseded", "schema": SCHEMA, "id": id, "by": by, "at": at}
 
 
-def cancelled(id: str, *, teacher: TeacherAnswer | None, at: float) -> Json:
+def cancelled(
+    id: str, *, teacher: TeacherAnswer | None, at: float, estimated_usd: float | None = None
+) -> Json:
     """The event of a client that went away; `teacher` is the answer that still came.
 
-    `at`: seconds since the epoch.
+    `at`: seconds since the epoch. `estimated_usd`: what an answer cost that didn't come to its end.
     """
     answer = None if teacher is None else _plain(teacher)
-    return {"event": "cancelled", "schema": SCHEMA, "id": id, "teacher": answer, "at": at}
+    event: Json = {"event": "cancelled", "schema": SCHEMA, "id": id, "teacher": answer, "at": at}
+    if estimated_usd is not None:
+        event |= {"cost_usd": estimated_usd, "estimated": True}
+    return event
 
 
 def encode(event: Json) -> bytes:
@@ -129,6 +135,7 @@ class Fold:
         self._audited: dict[str, _Late] = {}
         self._superseded: dict[str, str] = {}
         self._cancelled: dict[str, TeacherAnswer | None] = {}
+        self._broken_off: dict[str, float] = {}
 
     def add(self, event: Json) -> Outcome:
         """Take one event.
@@ -153,6 +160,8 @@ class Fold:
                     _check(event, _LATE_TYPES)
                     teacher = _teacher(event.get("teacher"))
                     self._cancelled[event["id"]] = self._cancelled.get(event["id"]) or teacher
+                    if event.get("cost_usd") is not None:
+                        self._broken_off[event["id"]] = event["cost_usd"]
                 case _:
                     return "unknown"
         except (KeyError, TypeError, ValueError):
@@ -162,6 +171,11 @@ class Fold:
     def exchanges(self) -> dict[str, Exchange]:
         """The exchanges so far, by id."""
         return {id: self._exchange(exchange) for id, exchange in self._answered.items()}
+
+    @property
+    def unanswered_usd(self) -> float:
+        """What requests cost whose clients left before the answer was whole: they make no exchange."""
+        return sum(usd for id, usd in self._broken_off.items() if id not in self._answered)
 
     def _add_audit(self, id: str, teacher: TeacherAnswer | None, agreement: bool | None) -> None:
         known = self._audited.get(id)
@@ -221,6 +235,8 @@ _LATE_TYPES: _Types = {
     "agreement": (bool, _NONE),
     "by": (str,),
     "at": _NUMBER,
+    "cost_usd": (*_NUMBER, _NONE),
+    "estimated": (bool,),
 }
 _TEACHER_TYPES: _Types = {
     "model": (str,),

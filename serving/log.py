@@ -126,13 +126,15 @@ class ReadResult:
 
     `exchanges` are ordered by (created, id). `damaged` counts lines that were skipped (torn, foreign, wrong
     checksum, wrong types) and files that couldn't be read; `unknown` counts intact events of another
-    version; `segments` the files.
+    version; `segments` the files. `unanswered_usd` is what requests cost whose clients left before the
+    teacher's answer was whole (an estimate); they are no exchanges.
     """
 
     exchanges: list[Exchange]
     damaged: int
     segments: int
     unknown: int = 0
+    unanswered_usd: float = 0.0
 
 
 class LogReader:
@@ -167,7 +169,7 @@ class LogReader:
             except OSError:
                 damaged += 1
         exchanges = sorted(fold.exchanges().values(), key=lambda exchange: (exchange.created, exchange.id))
-        return ReadResult(exchanges, damaged, segments, unknown)
+        return ReadResult(exchanges, damaged, segments, unknown, fold.unanswered_usd)
 
     def newest(self, task: str) -> int:
         """Bytes of a task's log on disk: grows with every event, a cheap way to see whether there is news."""
