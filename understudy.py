@@ -102,7 +102,14 @@ def stand_in(
     fail_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that get a 500.")] = 0.0,
     script: Annotated[Path | None, typer.Option(help="Scripted failures: JSONL, one rule a line.")] = None,
 ) -> None:
-    """Answer chat completions from a recording, as a teacher for demos, tests and load tests."""
+    """Answer chat completions from a recording, as a teacher for demos, tests and load tests.
+
+    Failures come by --fail-rate, by --script, by POST /failures with a script while it runs, or by a request's
+    header x-stand-in, such as "status=429;retry-after=1". Their names: status, retry-after, stall, hang-after,
+    break-after, reset-after, drip, send=truncated|garbage|empty|short-length|noise, times. A rule of a script
+    is a JSON object of those (with _ for -) and of the requests it is for: text, every, from, to, share,
+    beyond_per_s.
+    """
     from serving.errors import ConfigError
     from serving.failures import Failures, read_script
     from serving.recording import read_recording

@@ -12,14 +12,14 @@ plain ASGI app, which deliberately shares no code with the gateway's own reading
   seen.
 - `GET /stats` counts `chat` requests, those `answered` as recorded, those that met a scripted failure
   (`failed`), and clients that went away (`disconnected`). `GET /healthz` is ready.
+- `POST /failures` takes a script of failures in place of the one before; an empty body ends them all.
 
-What an answer looks like: `serving.recorded_reply`. Failures: `serving.failures`.
+What an answer looks like: `serving.recorded_reply`. Failures: `serving.failures`; how they are sent:
+`serving.stand_in_call`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import hmac
 import math
 import random
@@ -28,24 +28,17 @@ import signal
 import socket
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
-from typing import Any
+from collections.abc import Callable
 
 import orjson
 import uvicorn
 
 from serving.errors import ConfigError, RequestError
 from serving.exchange import Json
-from serving.failures import Failure, Failures
+from serving.failures import Failure, Failures, parse_script
 from serving.recorded_reply import Reply, content_text
 from serving.recording import Recorded, Recording
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
-
-_JSON = b"application/json"
+from serving.stand_in_call import Call, Receive, Scope, ScriptedError, Send, StandInHttp
 
 
 def create_stand_in(
@@ -135,6 +128,8 @@ class StandIn:
             return await call.answer({"status": "ok"})
         if path == "/stats":
             return await call.answer(dict(self._stats))
+        if path == "/failures":
+            return await self._take_failures(call)
         if not path.startswith("/v1/"):
             raise RequestError(f"there is no {path}; the API is under /v1", status=404, code="not_found")
         if self._key is not None and not hmac.compare_digest(call.header(b"authorization") or b"", self._key):
@@ -154,6 +149,18 @@ class StandIn:
         if path == "/v1/echo/sse":
             return await call.echo_events()
         return await call.describe()
+
+    async def _take_failures(self, call: Call) -> None:
+        if call.method != "POST":
+            raise RequestError(
+                f"/failures takes POST, not {call.method}", status=405, code="method_not_allowed"
+            )
+        try:
+            rules = parse_script(await call.body())
+        except ValueError as error:
+            raise RequestError(f"the script of failures: {error}", status=400) from error
+        self._failures.replace(rules)
+        await call.answer({"rules": len(rules)})
 
     async def _models(self, call: Call, name: str) -> None:
         entry = {"id": self.model, "object": "model", "created": 0, "owned_by": "stand-in"}
@@ -184,12 +191,11 @@ class StandIn:
             row=row,
             request=request,
         )
-        break_after = failure.break_after if failure is not None else None
         if request.get("stream") is True:
-            await call.stream(reply.chunks(), reply.length, latency, break_after)
+            await call.stream(reply.chunks(), reply.length, latency, failure)
         else:
             await call.pause(latency)
-            await call.answer(reply.whole(), cut=break_after is not None)
+            await call.answer(reply.whole(), failure)
         if failure is None:
             self._stats["answered"] += 1
 
@@ -224,146 +230,6 @@ class StandIn:
         turn = self._turn.get(text, 0)
         self._turn[text] = turn + 1
         return known[turn % len(known)]
-
-
-class ScriptedError(RequestError):
-    """An error that was asked for; `retry_after` becomes the header."""
-
-    def __init__(self, status: int, retry_after: str | None) -> None:
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        if status == 429:
-            kind = "rate_limit_error"
-        super().__init__("a scripted failure", status=status, kind=kind, code="scripted")
-        self.retry_after = retry_after
-
-
-class Call:
-    """One HTTP request and the ways to answer it."""
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
-        self._query: bytes = scope["query_string"]
-        self._headers: Headers = scope["headers"]
-        self._receive = receive
-        self._send = send
-
-    def header(self, name: bytes) -> bytes | None:
-        """Return the first header of this lower-case name."""
-        for key, value in self._headers:
-            if key == name:
-                return value
-        return None
-
-    async def body(self) -> bytes:
-        """Read the whole body. Raises ConnectionResetError."""
-        return b"".join([part async for part in self._parts()])
-
-    async def pause(self, seconds: float) -> None:
-        """Wait; raise ConnectionResetError as soon as the client is gone. The body must have been read."""
-        if seconds <= 0:
-            return
-        try:
-            message = await asyncio.wait_for(self._receive(), seconds)
-        except TimeoutError:
-            return
-        if message["type"] == "http.disconnect":
-            raise ConnectionResetError("the client went away")
-
-    async def answer(self, body: Json, *, cut: bool = False) -> None:
-        """Send JSON; with `cut` only half of it, and then break the connection."""
-        await self._send_all(200, orjson.dumps(body), _JSON, cut=cut)
-
-    async def refuse(self, error: RequestError) -> None:
-        """Send OpenAI's error envelope."""
-        extra: Headers = []
-        if isinstance(error, ScriptedError) and error.retry_after is not None:
-            extra.append((b"retry-after", error.retry_after.encode()))
-        body = {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}
-        await self._send_all(error.status, orjson.dumps({"error": body}), _JSON, extra)
-
-    async def stream(
-        self, chunks: Iterator[Json], length: int, seconds: float, break_after: int | None
-    ) -> None:
-        """Send events spread evenly over `seconds`; break the connection after `break_after` of them."""
-        await self.pause(seconds / length)
-        await self._start(200, b"text/event-stream; charset=utf-8")
-        for number, chunk in enumerate(chunks):
-            if number == break_after:
-                return  # without a final message: the server closes the connection
-            if number:
-                await self.pause(seconds / length)
-            await self._send_part(b"data: " + orjson.dumps(chunk) + b"\n\n")
-        if break_after is None:
-            await self._send_part(b"data: [DONE]\n\n", last=True)
-
-    async def echo(self) -> None:
-        """Send the body back as it comes, under its own content type."""
-        await self._start(200, self.header(b"content-type") or b"application/octet-stream")
-        async for part in self._parts():
-            await self._send_part(part)
-        await self._send_part(b"", last=True)
-
-    async def echo_events(self) -> None:
-        """Send each line of the body as an event."""
-        body = await self.body()
-        await self._start(200, b"text/event-stream")
-        for line in body.splitlines():
-            await self._send_part(b"data: " + line + b"\n\n")
-        await self._send_part(b"data: [DONE]\n\n", last=True)
-
-    async def describe(self) -> None:
-        """Send what arrived as JSON; the key is shown as a digest only."""
-        body = await self.body()
-        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in self._headers}
-        if "authorization" in headers:
-            headers["authorization"] = (
-                f"sha256:{hashlib.sha256(headers['authorization'].encode()).hexdigest()}"
-            )
-        await self.answer(
-            {
-                "object": "stand_in.request",
-                "method": self.method,
-                "path": self.path,
-                "query": self._query.decode("latin-1"),
-                "headers": headers,
-                "length": len(body),
-                "sha256": hashlib.sha256(body).hexdigest(),
-            }
-        )
-
-    async def _parts(self) -> AsyncIterator[bytes]:
-        more = True
-        while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ConnectionResetError("the client went away")
-            more = message.get("more_body", False)
-            yield message.get("body", b"")
-
-    async def _start(self, status: int, content_type: bytes, extra: Headers | None = None) -> None:
-        request_id = self.header(b"x-request-id") or b"req-" + secrets.token_hex(8).encode()
-        headers = [(b"content-type", content_type), (b"x-request-id", request_id), *(extra or [])]
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def _send_part(self, part: bytes, *, last: bool = False) -> None:
-        await self._send({"type": "http.response.body", "body": part, "more_body": not last})
-
-    async def _send_all(
-        self,
-        status: int,
-        body: bytes,
-        content_type: bytes,
-        extra: Headers | None = None,
-        *,
-        cut: bool = False,
-    ) -> None:
-        length = (b"content-length", str(len(body)).encode())
-        await self._start(status, content_type, [length, *(extra or [])])
-        if cut:
-            await self._send_part(body[: len(body) // 2])
-        else:
-            await self._send_part(body, last=True)
 
 
 def parse_chat(raw: bytes) -> Json:
@@ -407,6 +273,7 @@ def serve_stand_in(app: StandIn, *, host: str, port: int, announce: Callable[[st
         ) from error
     config = uvicorn.Config(
         app,
+        http=StandInHttp,
         log_level="warning",
         access_log=False,
         lifespan="off",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import os
 import shutil
 import socket
@@ -30,6 +31,7 @@ from serving.recording import Recorded, Recording
 from serving.releases import ReleaseStore
 from serving.settings import LogSettings, Settings
 from serving.stand_in import StandIn, create_stand_in
+from serving.stand_in_call import StandInHttp
 
 TEACHER_KEY = "teacher-key"
 
@@ -53,13 +55,16 @@ def require() -> Require:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[App], str]]:
-    """Serve ASGI apps with a real uvicorn, each on a free port, until the test ends; gives the base URL."""
+def serve() -> Iterator[Callable[..., str]]:
+    """Serve ASGI apps with a real uvicorn, each on a free port, until the test ends; gives the base URL.
+
+    Keywords go to uvicorn.
+    """
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def start(app: App) -> str:
+    def start(app: App, **options: Any) -> str:
         listening = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=5, **options)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
@@ -90,15 +95,20 @@ class RunningStandIn:
         stats: dict[str, int] = httpx.get(f"{self.url}/stats", verify=False).json()
         return stats
 
+    def fail(self, *rules: dict[str, Any]) -> None:
+        """Let these rules be its script of failures from now on; none: all is well again."""
+        script = "\n".join(json.dumps(rule) for rule in rules)
+        httpx.post(f"{self.url}/failures", content=script, verify=False).raise_for_status()
+
 
 @pytest.fixture
-def stand_in(serve: Callable[[App], str]) -> Callable[..., RunningStandIn]:
+def stand_in(serve: Callable[..., str]) -> Callable[..., RunningStandIn]:
     """Start a stand-in for `{text: answer}`; keywords go to `create_stand_in`."""
 
     def start(answers: dict[str, str], *, failures: Failures | None = None, **options: Any) -> RunningStandIn:
         rows = tuple(Recorded(text, answer) for text, answer in answers.items())
         app = create_stand_in(Recording(Path("answers.csv"), rows), failures=failures, **options)
-        return RunningStandIn(serve(app), app)
+        return RunningStandIn(serve(app, http=StandInHttp), app)
 
     return start
 

@@ -11,16 +11,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import openai
+import orjson
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from serving.errors import RecordingError
-from serving.failures import Failures, parse_failure, read_script
+from serving.failures import Failures, parse_failure, parse_script, read_script
 from serving.recording import Recorded, Recording
 from serving.stand_in import Latency, StandIn, create_stand_in
+from serving.stand_in_call import StandInHttp
 
 ROOT = Path(__file__).parents[2]
 LOGPROBS = [
@@ -43,8 +46,8 @@ Serve = Callable[[StandIn], str]
 
 
 @pytest.fixture
-def serve(serve: Serve) -> Serve:
-    return lambda app: f"{serve(app)}/v1"
+def serve(serve: Callable[..., str]) -> Serve:
+    return lambda app: f"{serve(app, http=StandInHttp)}/v1"
 
 
 def client(base_url: str, api_key: str = "k") -> openai.OpenAI:
@@ -254,6 +257,94 @@ def test_failures_by_script(serve: Serve, tmp_path: Path) -> None:
     assert chat(url, "twice").status_code == 500
 
 
+def raw(url: str, failure: str, *, stream: bool = False, wait_s: float = 0.3) -> bytes:
+    """Send one chat request by hand; give what comes until the end, or until `wait_s` of silence."""
+    body = orjson.dumps({"model": "m", "messages": asks("sure"), "stream": stream})
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname or "", address.port or 0), timeout=10) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-stand-in: {failure}\r\n"
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        connection.settimeout(wait_s)
+        got = b""
+        with contextlib.suppress(TimeoutError):
+            while piece := connection.recv(65536):
+                got += piece
+            return got + b"<end>"
+        return got
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_failures_below_http(serve: Serve, stream: bool) -> None:
+    url = serve(create_stand_in(ROWS))
+    assert raw(url, "hang-after=0", stream=stream) == b""
+    half = raw(url, "hang-after=2", stream=stream)
+    assert half.startswith(b"HTTP/1.1 200 OK")
+    assert b"wh" in half or not stream
+    assert not half.endswith((b"<end>", b"[DONE]\n\n"))
+    for failure in ("reset-after=0", "reset-after=1"):
+        with pytest.raises(ConnectionResetError):
+            raw(url, failure, stream=stream, wait_s=10)
+    noise = raw(url, "send=noise", stream=stream, wait_s=10)
+    assert noise.endswith(b"<end>")
+    assert not noise.startswith(b"HTTP/")
+    head, _, body = raw(url, "send=short-length", stream=stream, wait_s=10).partition(b"\r\n\r\n")
+    assert 2 * int(head.rpartition(b": ")[2]) < len(body)
+    head, _, body = raw(url, "send=truncated", stream=stream).partition(b"\r\n\r\n")
+    assert str(len(body)).encode() in head
+    assert b"finish_reason" not in body[-80:]
+    assert raw(url, "send=empty", stream=stream).endswith(b"\r\n\r\n")
+    assert raw(url, "send=garbage", stream=stream).endswith(b"</html>")
+    slow = raw(url, "drip=0.0005", stream=stream, wait_s=0.5)
+    assert slow.endswith((b"0\r\n\r\n", b"}"))
+
+
+def test_a_drip_comes_byte_by_byte(serve: Serve) -> None:
+    url = serve(create_stand_in(ROWS))
+    with httpx.stream(
+        "POST",
+        f"{url}/chat/completions",
+        json={"messages": asks("sure")},
+        headers={"x-stand-in": "drip=0.02"},
+    ) as answer:
+        pieces = answer.iter_raw()
+        assert [len(next(pieces)) for _ in range(5)] == [1] * 5
+
+
+def test_failures_are_switched_while_it_runs(serve: Serve) -> None:
+    url = serve(create_stand_in(ROWS, failures=Failures(rate=1.0)))
+    control = f"{url.removesuffix('/v1')}/failures"
+    assert chat(url, "sure").status_code == 500
+    assert httpx.post(control, content=b'{"status": 503}\n{"status": 429}').json() == {"rules": 2}
+    assert chat(url, "sure").status_code == 503
+    wrong = httpx.post(control, content=b'{"status": 503}\n{"sttaus": 429}')
+    assert wrong.status_code == 400
+    assert "line 2" in wrong.json()["error"]["message"]
+    assert httpx.get(control).status_code == 405
+    assert chat(url, "sure").status_code == 503, "what can't be read changes nothing"
+    assert httpx.post(control).json() == {"rules": 0}
+    assert chat(url, "sure").status_code == 200
+
+
+def test_a_share_of_the_requests_and_those_beyond_a_rate() -> None:
+    now = [100.2]
+    rules = parse_script(b'{"beyond_per_s": 3, "status": 429}\n{"share": 0.2, "status": 500}')
+    failures = Failures(rules, clock=lambda: now[0])
+
+    def statuses(count: int) -> list[int | None]:
+        drawn = [failures.draw(number, "t", None) for number in range(count)]
+        return [failure.status if failure else None for failure in drawn]
+
+    assert statuses(9)[3:] == [429] * 6
+    now[0] = 101.0
+    assert 429 not in statuses(3)
+    seen = []
+    for _ in range(300):
+        now[0] += 1
+        seen += statuses(3)
+    assert 429 not in seen
+    assert 120 < seen.count(500) < 240
+
+
 def test_failures_by_rate_repeat() -> None:
     draws = [
         [failures.draw(number, "t", None) is not None for number in range(1000)]
@@ -273,6 +364,8 @@ def test_failures_by_rate_repeat() -> None:
         ('{"every": 0, "status": 500}', "`every` must be a whole number"),
         ('{"text": 1, "status": 500}', "`text` must be a string"),
         ('{"every": 2}', "no failure named"),
+        ('{"send": "nothing"}', "`send` must be one of truncated"),
+        ('{"share": 2, "status": 500}', "`share` must be a number, 0 to 1"),
         ('{"stall": "long"}', "`stall` must be seconds"),
         ('{"sttaus": 500}', "unknown failure 'sttaus'; known: status"),
     ],
