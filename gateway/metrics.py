@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
@@ -19,9 +20,13 @@ from serving.exchange import Json, Route
 NOWHERE = ""
 """The task and route of requests that were refused before they had one."""
 
+CacheOutcome = Literal["bypass", "hit", "miss", "error", "joined"]
+CachePut = Literal["stored", "refused", "dropped", "failed", "fenced"]
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 _USD = (1e-7, 1e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.5, 1.0)
+_AGES = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 21600.0, 86400.0)
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)
 
 
@@ -81,12 +86,29 @@ class Metrics:
         self._release = self._gauge(
             names.METRIC_RELEASE, "1 for the release that is live.", ("task", "release")
         )
+        self._cache_requests = self._counter(
+            names.METRIC_CACHE_REQUESTS, "What came of looking into the cache.", ("task", "outcome")
+        )
+        self._cache_age = self._histogram(
+            names.METRIC_CACHE_AGE, "Age of the answers that came from the cache.", (), _AGES
+        )
+        self._cache_bytes = Gauge(
+            names.METRIC_CACHE_BYTES,
+            "Memory of the cache's first level, over all workers.",
+            registry=self._registry,
+            multiprocess_mode="livesum",
+        )
+        self._cache_puts = self._counter(
+            names.METRIC_CACHE_PUTS, "What came of putting answers into the cache.", ("outcome",)
+        )
         self._request_series: dict[tuple[str, str, str, int], Counter] = {}
         self._duration_series: dict[tuple[str, str], Histogram] = {}
         self._spending_series: dict[tuple[str, str], tuple[Counter, Histogram, Counter]] = {}
         self._token_series: dict[tuple[str, str], tuple[Counter, Counter]] = {}
         self._confidence_series: dict[str, Histogram] = {}
         self._logged_series: dict[str, Counter] = {}
+        self._cache_series: dict[tuple[str, CacheOutcome], Counter] = {}
+        self._put_series: dict[CachePut, Counter] = {}
 
     def record_request(self, task: str, route: str, reason: str, code: int, seconds: float) -> None:
         """Count a request that is over. A reason with a detail (`unsupported:tools`) counts without it."""
@@ -170,6 +192,28 @@ class Metrics:
     def record_upstream_error(self, upstream: str, kind: str) -> None:
         """Count a failure of an upstream (`teacher`, `student`), by kind (`status`, `timeout`, `broken`)."""
         self._upstream_errors.labels(upstream, kind).inc()
+
+    def record_cache(self, task: str, outcome: CacheOutcome) -> None:
+        """Count one request by what the cache had for it; `joined`: the answer of one under way was shared."""
+        counter = self._cache_series.get((task, outcome))
+        if counter is None:
+            counter = self._cache_series[task, outcome] = self._cache_requests.labels(task, outcome)
+        counter.inc()
+
+    def record_cache_age(self, seconds: float) -> None:
+        """Note how old an answer from the cache was."""
+        self._cache_age.observe(seconds)
+
+    def record_cache_bytes(self, count: int) -> None:
+        """Note how much memory the first level takes in this process."""
+        self._cache_bytes.set(count)
+
+    def record_cache_put(self, outcome: CachePut) -> None:
+        """Count an answer that was put, by where it got to."""
+        counter = self._put_series.get(outcome)
+        if counter is None:
+            counter = self._put_series[outcome] = self._cache_puts.labels(outcome)
+        counter.inc()
 
     def record_live(
         self, task: str, release: str | None, previous: str | None, threshold: float | None

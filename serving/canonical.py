@@ -10,6 +10,8 @@ import json
 import math
 from typing import Any
 
+import orjson
+
 
 def canonical(value: object) -> str:
     """The canonical text of a JSON value, in ASCII.
@@ -22,6 +24,18 @@ def canonical(value: object) -> str:
         )
     except (TypeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
+
+
+def canonical_bytes(value: object) -> bytes:
+    """Another canonical text of a JSON value, in UTF-8 and several times as fast: for hashing.
+
+    Two values have the same bytes exactly if they have the same `canonical` text. Raises ValueError as that does.
+    """
+    try:
+        return orjson.dumps(_plain(value), option=orjson.OPT_SORT_KEYS)
+    except (TypeError, RecursionError):
+        # Whole numbers beyond 64 bits, lone surrogates, deep nesting: rare, and the same values every time.
+        return canonical(value).encode("ascii")
 
 
 def parse(text: str) -> Any:
@@ -40,7 +54,11 @@ def _number(text: str) -> float:
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, str):
+        return value
     if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"not JSON: {value}")
         return int(value) if value.is_integer() else value
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

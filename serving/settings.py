@@ -14,13 +14,22 @@ import tomllib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from serving.errors import ConfigError
+from serving.redis_url import RedisUrl
 
 DEFAULT_FILE = Path("understudy.toml")
 ENV_PREFIX = "UNDERSTUDY_"
@@ -101,6 +110,38 @@ class StudentSettings(Section):
     usd_per_hour: float = Field(
         0.05, ge=0, description="price of the machine (one core) a student answers on"
     )
+
+
+class CacheSettings(Section):
+    """The response cache: a first level in each process, and Redis behind it if there is a URL."""
+
+    url: SecretStr | None = Field(
+        None,
+        description="redis://, rediss://, unix://, redis+cluster://, redis+sentinel://; absent: no Redis",
+    )
+    ttl_s: float = Field(3600.0, gt=0, le=31_536_000, description="how long an answer is kept, ±10 %")
+    max_bytes: int = Field(64 * 1024 * 1024, ge=0, description="memory of the first level, per worker")
+    max_entry_bytes: int = Field(1024 * 1024, ge=1024, description="a larger answer isn't cached")
+    share: Literal["tenant", "task"] = "tenant"
+    single_flight: Literal["process", "replicas"] = Field(
+        "process", description="among whom identical concurrent requests are asked once"
+    )
+    lease_s: float = Field(
+        10.0, gt=0, le=3600, description="how long the other replicas wait for the one that asks"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _names_a_redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            RedisUrl.parse(value.get_secret_value())
+        return value
+
+    @model_validator(mode="after")
+    def _replicas_meet_somewhere(self) -> Self:
+        if self.single_flight == "replicas" and self.url is None:
+            raise ValueError('single_flight = "replicas" needs the Redis in which they meet: set cache.url')
+        return self
 
 
 class LogSettings(Section):
@@ -185,6 +226,7 @@ class Settings(BaseSettings):
     server: ServerSettings = ServerSettings()
     teacher: TeacherSettings = TeacherSettings()
     student: StudentSettings = StudentSettings()
+    cache: CacheSettings = CacheSettings()
     log: LogSettings = LogSettings()
     learning: LearningSettings = LearningSettings()
     task_defaults: TaskPolicy = TaskPolicy()
@@ -299,10 +341,10 @@ def _explain(error: ErrorDetails) -> str:
 
 def _shown(loc: Sequence[int | str], value: object) -> str:
     """Show the value as a person wrote it, unless it may be or hold a secret."""
-    if {"api_keys", "api_key_env"} & set(loc):
+    if {"api_keys", "api_key_env"} & set(loc) or tuple(loc[:2]) == ("cache", "url"):
         return "(hidden)"
     text = repr(value)
-    if "api_keys" in text or ("://" in text and "@" in text):
+    if "api_keys" in text or "redis" in text or ("://" in text and "@" in text):
         return "(hidden)"
     return text if len(text) <= 80 else text[:77] + "..."
 
