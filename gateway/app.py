@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway import names
+from gateway.access_log import AccessLog
 from gateway.attempts import Attempts
 from gateway.audits import Audits
 from gateway.auth import Gate
@@ -54,6 +55,7 @@ class Parts:
 
     chat: ChatEndpoint
     passthrough: Passthrough
+    access_log: AccessLog
     metrics: Metrics
     tasks: Tasks
     live: LiveReleases
@@ -93,6 +95,8 @@ class Gateway:
             log.exception("request %s failed", client.request_id)
             if not client.started:
                 await client.refuse(internal_error())
+        finally:
+            parts.access_log.over(client)
 
     def _create_rest(self) -> FastAPI:
         app = FastAPI(lifespan=self._lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -193,6 +197,7 @@ class Gateway:
         return Parts(
             chat=ChatEndpoint(pipeline, gate, metrics, max_body_bytes=limit),
             passthrough=Passthrough(teacher, gate, metrics),
+            access_log=AccessLog(sample=settings.observe.access_log_sample),
             metrics=metrics,
             tasks=tasks,
             live=live,

@@ -49,7 +49,7 @@ class ChatEndpoint:
             retries=_count(client.header(names.RETRY_COUNT_HEADER)),
         )
         async with client.watched():
-            reply = await self._pipeline.serve(arrival)
+            reply = await self._pipeline.serve(arrival, client.has_turn)
             delivered = False
             try:
                 await client.answer(reply)

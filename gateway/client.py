@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
@@ -13,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from gateway import names
 from gateway.envelope import Refusal
 from gateway.reply import JSON_TYPE, Reply
+from gateway.turn import Turn
 from serving.errors import RequestError
 
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -23,7 +25,11 @@ class ClientGone(Exception):
 
 
 class Client:
-    """One request over ASGI. `headers` have lower-case names; `request_id` is the client's or a new one."""
+    """One request over ASGI. `headers` have lower-case names; `request_id` is the client's or a new one.
+
+    What is known of it when it is over: `status` (what was sent), `gone`, `turn` (of a chat request that was
+    read) and `failure` (why it came to nothing, where the status can't say it).
+    """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.method: str = scope["method"]
@@ -32,12 +38,24 @@ class Client:
             (name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]
         ]
         self.request_id = request_id_of(self.header(names.REQUEST_ID_HEADER))
-        self.started = False
+        self.began = time.perf_counter()
+        self.status: int | None = None
         self.gone = False
+        self.turn: Turn | None = None
+        self.failure: str | None = None
         self._receive = receive
         self._send = send
         self._body_read = asyncio.Event()
         self._over = False
+
+    @property
+    def started(self) -> bool:
+        """Whether the head of an answer was sent."""
+        return self.status is not None
+
+    def has_turn(self, turn: Turn) -> None:
+        """Remember the turn that this request became."""
+        self.turn = turn
 
     def header(self, name: str) -> str | None:
         """Return the first value of a header, by its lower-case name."""
@@ -127,7 +145,7 @@ class Client:
 
     async def start(self, status: int, headers: Iterable[tuple[str, str]]) -> None:
         """Send the head of an answer; the request's id is added."""
-        self.started = True
+        self.status = status
         encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
         encoded.append((names.REQUEST_ID_HEADER.encode(), self.request_id.encode()))
         head: Message = {"type": "http.response.start", "status": status, "headers": encoded}

@@ -86,6 +86,7 @@ class Ledger:
 
     async def _answered(self, turn: Turn, event: Json) -> bool:
         turn.logged = await self.append(turn.task, event)
+        turn.lost = not turn.logged
         if turn.logged:
             self._metrics.record_logged(turn.task)
         return turn.logged
@@ -116,9 +117,9 @@ class Ledger:
 
     def close_books(self, turn: Turn, status: int) -> None:
         """Count a request that is over, once."""
-        if turn.over:
+        if turn.status is not None:
             return
-        turn.over = True
+        turn.status = status
         self._metrics.record_request(turn.task, turn.route, turn.reason, status, turn.elapsed_s())
         if turn.decision is not None:
             self._metrics.record_confidence(turn.task, turn.decision.confidence)

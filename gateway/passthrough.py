@@ -6,7 +6,6 @@ counts the requests. Only an error that isn't JSON is put into OpenAI's envelope
 
 from __future__ import annotations
 
-import logging
 import time
 
 from gateway import names
@@ -17,8 +16,6 @@ from gateway.metrics import NOWHERE, Metrics
 from serving.errors import UnderstudyError, UpstreamError
 from serving.teacher import Teacher
 from serving.upstream import UpstreamResponse
-
-log = logging.getLogger("understudy.passthrough")
 
 _HELD_BYTES = 64 * 1024
 _OURS = frozenset({names.REQUEST_ID_HEADER, "date"})
@@ -51,7 +48,7 @@ class Passthrough:
             code = refusal.status
             if client.started:
                 # Too late to say it: an answer that isn't ended makes the server close the connection.
-                log.warning("request %s: %s", client.request_id, error)
+                client.failure = str(error)
                 return
             await client.refuse(refusal, _TOLD)
         finally:
@@ -64,9 +61,12 @@ class Passthrough:
         declared = client.declared_bytes()
         held = not client.has_body() or (declared is not None and declared <= _HELD_BYTES)
         body = await client.read(_HELD_BYTES) if held else client.pieces()
+        # The id that the client gets back and the log names, also where the client sent none or one of no use.
+        headers = [header for header in client.headers if header[0] != names.REQUEST_ID_HEADER]
+        headers.append((names.REQUEST_ID_HEADER, client.request_id))
         async with client.watched():
             response = await self._teacher.forward(
-                client.method, client.target, client.headers, body, authorization=caller.authorization
+                client.method, client.target, headers, body, authorization=caller.authorization
             )
             async with response:
                 await self._relay(client, response)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager
 
 import orjson
@@ -62,8 +62,11 @@ class Pipeline:
         self._attempts = attempts
         self._metrics = metrics
 
-    async def serve(self, arrival: Arrival) -> Reply:
-        """Answer a request; errors become replies too. Cancelling it cancels what it waits for."""
+    async def serve(self, arrival: Arrival, has_turn: Callable[[Turn], None] | None = None) -> Reply:
+        """Answer a request; errors become replies too. Cancelling it cancels what it waits for.
+
+        `has_turn` is told of the turn as soon as there is one: the request was read and belongs to a task.
+        """
         began = time.perf_counter()
         try:
             turn = self._begin(arrival, began)
@@ -73,6 +76,8 @@ class Pipeline:
                 NOWHERE, NOWHERE, names.REASON_REFUSED, refusal.status, time.perf_counter() - began
             )
             return refused(refusal, [])
+        if has_turn is not None:
+            has_turn(turn)
         try:
             return await self._answer(turn)
         except UnderstudyError as error:
@@ -277,7 +282,8 @@ class Pipeline:
         yield SSE_DONE
 
     def _whole(self, turn: Turn, headers: list[tuple[str, str]], body: bytes) -> Reply:
-        self._metrics.record_overhead(turn.elapsed_s() - turn.waited_s)
+        turn.overhead_s = turn.elapsed_s() - turn.waited_s
+        self._metrics.record_overhead(turn.overhead_s)
         self._ledger.close_books(turn, 200)
 
         async def on_end(delivered: bool) -> None:
@@ -293,7 +299,8 @@ class Pipeline:
         opened: AbstractAsyncContextManager[TeacherStream] | None = None,
     ) -> Reply:
         first_s = turn.elapsed_s()
-        self._metrics.record_overhead(first_s - turn.waited_s)
+        turn.overhead_s = first_s - turn.waited_s
+        self._metrics.record_overhead(turn.overhead_s)
         self._metrics.record_first_token(turn.task, turn.route, first_s)
 
         async def on_end(delivered: bool) -> None:
@@ -327,6 +334,7 @@ class Pipeline:
 
     def _note_failure(self, turn: Turn, error: UpstreamError) -> None:
         self._metrics.record_upstream_error(_TEACHER, error.kind)
+        turn.failure = str(error)
         if isinstance(error, UpstreamRefused) and error.status in (401, 403):
             self._gate.teacher_refused(turn.arrival.caller)
 

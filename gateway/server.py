@@ -24,6 +24,7 @@ from gateway import names
 from gateway.app import Gateway, create_app
 from gateway.client import request_id_of
 from gateway.envelope import refuse
+from gateway.log_format import configure_logging
 from serving.errors import ConfigError
 from serving.settings import Settings
 
@@ -45,7 +46,7 @@ def serve(settings: Settings, *, config_path: Path | None = None) -> None:
     with ExitStack() as stack:
         listening = stack.enter_context(_bind(settings.server.host, settings.server.port))
         _check_state_dir(settings.state_dir)
-        _configure_logging()
+        configure_logging(settings.observe.log_format)
         workers = settings.server.workers
         if workers > 1:
             # Where the workers' metrics meet; prometheus-client looks for it when a worker imports it.
@@ -113,7 +114,7 @@ def is_exposed(settings: Settings) -> bool:
 
 def _create_worker(settings: Settings, config_path: Path | None) -> Gateway:
     """Build the application in the process that runs it."""
-    _configure_logging()
+    configure_logging(settings.observe.log_format)
     if settings.server.workers > 1:
         log.info("worker %d starts", os.getpid())
         _end_with_supervisor()
@@ -135,11 +136,6 @@ def _end_with_supervisor() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, name="supervisor-watch", daemon=True).start()
-
-
-def _configure_logging() -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("understudy").setLevel(logging.INFO)
 
 
 def _bind(host: str, port: int) -> socket.socket:

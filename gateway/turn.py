@@ -40,6 +40,8 @@ class Turn:
     `newcomer` is the name of the task that its prompt may become once the teacher has answered; until then
     `task` is `other`.
     `asking`: the teacher has been asked and its answer isn't whole; `received` is what has come of a stream.
+    `status` is there once the request is over: what its books say, which of a stream that broke off isn't
+    the status that was sent. `failure` says why the teacher's answer couldn't be had.
     """
 
     arrival: Arrival
@@ -62,8 +64,11 @@ class Turn:
     received: Assembler | None = None
     cost_usd: float | None = None
     waited_s: float = 0.0
+    overhead_s: float | None = None
     logged: bool = False
-    over: bool = False
+    lost: bool = False
+    status: int | None = None
+    failure: str | None = None
     id: str = field(default_factory=lambda: new_id())
     created: float = field(default_factory=time.time)
     started: float = field(default_factory=time.perf_counter)

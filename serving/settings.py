@@ -159,6 +159,15 @@ class LearningSettings(Section):
     )
 
 
+class ObserveSettings(Section):
+    """What the gateway says of itself beside its metrics."""
+
+    log_format: Literal["text", "json"] = "text"
+    access_log_sample: float = Field(
+        0.0, ge=0, le=1, description="share of requests that get a line in the log though nothing failed"
+    )
+
+
 class StudentChoice(Section):
     """Which student a task gets."""
 
@@ -229,6 +238,7 @@ class Settings(BaseSettings):
     cache: CacheSettings = CacheSettings()
     log: LogSettings = LogSettings()
     learning: LearningSettings = LearningSettings()
+    observe: ObserveSettings = ObserveSettings()
     task_defaults: TaskPolicy = TaskPolicy()
     task: list[TaskSettings] = []
 
