@@ -85,6 +85,21 @@ def last_user_text(request: Json) -> str | None:
     return _text(last.get("content")) if last.get("role") == "user" else None
 
 
+def token_limit(request: Json) -> int | None:
+    """Return how many tokens the request allows for an answer, if it says so."""
+    for name in ("max_completion_tokens", "max_tokens"):
+        limit = request.get(name)
+        if isinstance(limit, int):
+            return limit
+    return None
+
+
+def wants_continuous_usage(request: Json) -> bool:
+    """Say whether the client asked for the usage so far in every chunk, which vLLM offers."""
+    options = request.get("stream_options")
+    return bool(options and options.get("include_usage") and options.get("continuous_usage_stats"))
+
+
 def completion(
     *,
     id: str,

@@ -43,7 +43,10 @@ _CHAT_HEADERS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class TeacherReply:
-    """A whole answer: `body` is the completion, `raw` its bytes, `headers` what of its headers may go on."""
+    """A whole answer: `body` is the completion, `raw` its bytes, `headers` what of its headers may go on.
+
+    Body and bytes are mended where strict clients need it (`serving.mending`).
+    """
 
     answer: TeacherAnswer
     body: Json
@@ -86,7 +89,8 @@ class Teacher:
                 raw = await response.read()
             if not 200 <= response.status < 300:
                 raise _refused(response, raw)
-            return raw, completion_of(raw, response.headers), response.headers
+            completion, raw = completion_of(raw, response.headers, request)
+            return raw, completion, response.headers
 
         raw, completion, received = await self._until_answered(attempt, repeatable=_always)
         answer = self._answer(
@@ -104,10 +108,10 @@ class Teacher:
     async def stream(
         self, request: Json, *, authorization: str | None, request_id: str, headers: Headers = ()
     ) -> AsyncIterator[TeacherStream]:
-        """Ask for a stream; the context is entered with the first chunk, so that errors keep their status.
+        """Ask for a stream; the context is entered when the answer begins, so that errors keep their status.
 
         Usage is always asked for: a client that didn't must not be shown it (see `Chunk`). The deadline
-        `timeout_s` holds until the first chunk, then for every silence between chunks. Leaving the context
+        `timeout_s` holds until the answer begins, then for every silence between chunks. Leaving the context
         early closes the connection.
 
         Raises as `complete` does, on entering and while iterating.
@@ -121,7 +125,7 @@ class Teacher:
             try:
                 if not 200 <= response.status < 300:
                     raise _refused(response, await response.read())
-                stream = TeacherStream(response, finish=finish)
+                stream = TeacherStream(response, request, finish=finish)
                 await stream.begin()
             except BaseException:
                 await response.aclose()

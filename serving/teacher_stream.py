@@ -11,19 +11,22 @@ from typing import Self
 import orjson
 
 from serving.assembler import Assembler
-from serving.chat import chunks
-from serving.errors import UpstreamBroken, UpstreamRefused
+from serving.chat import chunks, token_limit, wants_continuous_usage
+from serving.errors import UpstreamBroken
 from serving.exchange import Json, TeacherAnswer
+from serving.failed_answer import error_in, failure_of
+from serving.mending import Mender, mend_completion
 from serving.sse import EventParser
 from serving.upstream import Headers, UpstreamResponse
 from serving.wire import forwardable_response
 
 _DONE = b"[DONE]"
 _DRAIN_S = 0.1
+_HELD_AT_MOST = 100
 
 
 class StreamFailed(UpstreamBroken):
-    """The teacher reported an error in the middle of its stream; `body` is the event it sent (JSON)."""
+    """The teacher reported an error in the middle of its stream; `body` is the event it sent, on one line."""
 
     def __init__(self, body: bytes) -> None:
         super().__init__("the teacher reported an error in the middle of its stream")
@@ -32,11 +35,12 @@ class StreamFailed(UpstreamBroken):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One `chat.completion.chunk`.
+    """One `chat.completion.chunk`, mended where strict clients need it (`serving.mending`).
 
-    `raw` is its JSON on one line, as received, for passing on without serialising it again. `usage_only`: it
-    has no choices and holds nothing but the usage, so a client that didn't ask for usage must not be shown
-    it. A chunk with choices may hold usage too (`data["usage"]`).
+    `raw` is its JSON on one line: as received where nothing was wrong with it, for passing on without
+    serialising it again. `usage_only`: it has no choices and is there for the usage, so a client that didn't
+    ask for usage must not be shown it. It comes last, and no chunk before it holds usage, unless the request
+    asked for `continuous_usage_stats`.
     """
 
     data: Json
@@ -45,48 +49,71 @@ class Chunk:
 
 
 class TeacherStream:
-    """Gives the chunks of one answer, then the answer whole. Made by `Teacher.stream`.
+    """Gives the chunks of the answer to `request`, then the answer whole. Made by `Teacher.stream`.
 
     Iterating raises UpstreamBroken when the stream ends without `[DONE]` or a finish reason for every choice,
-    StreamFailed when the teacher reports an error, UpstreamTimeout when it falls silent.
+    StreamFailed when the teacher reports an error, UpstreamTimeout when it falls silent. After `[DONE]` a
+    choice without a finish reason is given one: its sender called the answer whole.
     """
 
     def __init__(
-        self, response: UpstreamResponse, *, finish: Callable[[TeacherStream], TeacherAnswer]
+        self, response: UpstreamResponse, request: Json, *, finish: Callable[[TeacherStream], TeacherAnswer]
     ) -> None:
         self.assembler = Assembler()
         self.headers: list[tuple[str, str]] = forwardable_response(response.headers, whole=False)
         self._response = response
+        self._request = request
         self._finish = finish
+        self._keeps_usage = wants_continuous_usage(request)
         self._parser = EventParser()
+        self._mender = Mender(model=request["model"])
         self._events: deque[bytes] = deque()
         self._ready: deque[Chunk] = deque()
+        self._usage: Chunk | None = None
+        self._done = False
         self._ended = False
         self._complete = False
         self._answer: TeacherAnswer | None = None
 
     async def begin(self) -> None:
-        """Wait for the first chunk. Raises UpstreamRefused when an error comes instead of it."""
+        """Wait until the answer itself begins. Raises UpstreamRefused when an error comes instead of it.
+
+        Chunks that say nothing yet (a role, a filter's verdict on the prompt) are held until then: as long as
+        the client has seen nothing, a failure keeps its status and the request can be repeated.
+        """
         kind = _header(self._response.headers, "content-type")
         if kind.startswith("application/json"):
             await self._take_whole()
             return
+        held: list[tuple[bytes, Json]] = []
+        begun = False
         try:
-            first = await self._next()
+            while not begun and len(held) < _HELD_AT_MOST:
+                event = await self._next_event()
+                if event is None:
+                    raise UpstreamBroken("the teacher's stream ended without an answer")
+                data = _read(event)
+                self._mender.learn(data)
+                held.append((event, data))
+                begun = _begins_an_answer(data)
         except StreamFailed as failure:
             raise failure_of(failure.body, self._response.headers) from None
-        if first is None:
-            raise UpstreamBroken("the teacher's stream ended without an answer")
-        self._ready.append(first)
+        for event, data in held:
+            self._take(event, data)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Chunk:
-        chunk = self._ready.popleft() if self._ready else await self._next()
-        if chunk is None:
-            raise StopAsyncIteration
-        return chunk
+        while not self._ready:
+            if self._complete:
+                raise StopAsyncIteration
+            event = await self._next_event()
+            if event is None:
+                self._end()
+            else:
+                self._take(event, _read(event))
+        return self._ready.popleft()
 
     def answer(self) -> TeacherAnswer:
         """Return the whole answer, once the iteration has ended. Raises UpstreamBroken before that."""
@@ -112,20 +139,10 @@ class TeacherStream:
         finally:
             await self._response.aclose()
 
-    async def _next(self) -> Chunk | None:
-        """Return the next chunk, or None at the good end of the stream."""
-        while not self._complete:
-            while self._events:
-                event = self._events.popleft()
-                if event == _DONE:
-                    self._complete = True
-                    return None
-                return self._chunk(event)
+    async def _next_event(self) -> bytes | None:
+        """Return the data of the next event, or None at `[DONE]` and at the end of the body."""
+        while not self._events:
             if self._ended:
-                if not self.assembler.finished:
-                    where = "in the middle of its answer" if self.assembler.choices else "without an answer"
-                    raise UpstreamBroken(f"the teacher's stream ended {where}")
-                self._complete = True
                 return None
             piece = await self._response.read_chunk()
             if piece is None:
@@ -133,41 +150,62 @@ class TeacherStream:
                 self._events.extend(self._parser.end())
             else:
                 self._events.extend(self._parser.feed(piece))
-        return None
+        event = self._events.popleft()
+        if event == _DONE:
+            self._done = True
+            return None
+        return event
 
-    def _chunk(self, event: bytes) -> Chunk:
-        try:
-            data = orjson.loads(event)
-        except orjson.JSONDecodeError:
-            raise UpstreamBroken(
-                f"the teacher's stream holds an event that isn't JSON ({len(event)} bytes)"
-            ) from None
-        if not isinstance(data, dict):
-            raise UpstreamBroken("the teacher's stream holds an event that isn't a JSON object")
-        if data.get("error") and not data.get("choices"):
-            raise StreamFailed(event)
+    def _take(self, event: bytes, data: Json) -> None:
+        """Take in one chunk of the teacher's, and make of it what goes on."""
+        mended = self._mender.mend(data)
         self.assembler.add(data)
-        raw = event if b"\n" not in event else orjson.dumps(data)
-        return Chunk(data, raw, usage_only=not data.get("choices") and data.get("usage") is not None)
+        if data.get("usage") is not None:
+            if not data["choices"]:
+                self._usage = Chunk(data, _written(data) if mended else _on_one_line(event, data), True)
+                return
+            if not self._keeps_usage:
+                data["usage"] = None
+                mended = True
+        self._ready.append(Chunk(data, _written(data) if mended else _on_one_line(event, data), False))
+
+    def _end(self) -> None:
+        """Bring the stream to its end: what is missing of the finish reasons, and the usage."""
+        whole = self.assembler
+        if not self._done and not whole.finished:
+            raise UpstreamBroken("the teacher's stream ended in the middle of its answer")
+        self._complete = True
+        for data in self._mender.unfinished(usage=whole.usage, limit=token_limit(self._request)):
+            whole.add(data)
+            self._ready.append(Chunk(data, orjson.dumps(data), False))
+        if self._usage is not None:
+            self._ready.append(self._usage)
+        elif whole.usage is not None:
+            data = self._mender.chunk([], usage=whole.usage)
+            self._ready.append(Chunk(data, _written(data), True))
 
     async def _take_whole(self) -> None:
         """Cut an answer that came whole, although a stream was asked for, into chunks."""
         raw = await self._response.read()
-        completion = completion_of(raw, self._response.headers)
+        completion, _ = completion_of(raw, self._response.headers, self._request)
         for data in chunks(completion, include_usage=True):
             self.assembler.add(data)
-            self._ready.append(Chunk(data, orjson.dumps(data), usage_only=not data["choices"]))
+            self._ready.append(Chunk(data, _written(data), usage_only=not data["choices"]))
         self._ended = self._complete = True
 
 
-def completion_of(raw: bytes, headers: Headers) -> Json:
-    """Read a whole completion. Raises UpstreamRefused for an error in disguise, else UpstreamBroken."""
+def completion_of(raw: bytes, headers: Headers, request: Json) -> tuple[Json, bytes]:
+    """Read and mend a whole completion; its bytes are the same where nothing was wrong with it.
+
+    Raises UpstreamRefused for an error in disguise, UpstreamBroken for what is no completion.
+    """
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError:
         raise UpstreamBroken(f"the teacher's answer isn't JSON ({len(raw)} bytes)") from None
-    if isinstance(body, dict) and body.get("error") and not body.get("choices"):
-        raise failure_of(raw, headers)
+    error = error_in(body) if isinstance(body, dict) else None
+    if error is not None:
+        raise failure_of(error, headers)
     choices = body.get("choices") if isinstance(body, dict) else None
     if (
         not isinstance(choices, list)
@@ -175,22 +213,52 @@ def completion_of(raw: bytes, headers: Headers) -> Json:
         or not all(isinstance(choice, dict) for choice in choices)
     ):
         raise UpstreamBroken("the teacher's answer isn't a chat completion: it has no choices")
+    mended = mend_completion(body, model=request["model"], limit=token_limit(request))
     if not isinstance(body.get("usage"), dict | None):
         body["usage"] = None
-    return dict(body)
+        mended = True
+    return body, _written(body) if mended else raw
 
 
-def failure_of(body: bytes, headers: Headers) -> UpstreamRefused:
-    """Turn an error that came with status 200 into the refusal it is, with its own status, or else 502."""
-    error = orjson.loads(body)["error"]
-    status = 502
-    for name in ("status", "status_code", "code"):
-        value = error.get(name) if isinstance(error, dict) else None
-        if isinstance(value, int) and 400 <= value <= 599:
-            status = value
-            break
-    kept = dict(forwardable_response(headers, whole=False))
-    return UpstreamRefused(status, {**kept, "content-type": "application/json"}, body)
+def _read(event: bytes) -> Json:
+    """Read one event. Raises StreamFailed if it reports an error, UpstreamBroken if it is no JSON object."""
+    try:
+        data = orjson.loads(event)
+    except orjson.JSONDecodeError:
+        raise UpstreamBroken(
+            f"the teacher's stream holds an event that isn't JSON ({len(event)} bytes)"
+        ) from None
+    if not isinstance(data, dict):
+        raise UpstreamBroken("the teacher's stream holds an event that isn't a JSON object")
+    error = error_in(data)
+    if error is not None:
+        raise StreamFailed(error)
+    return data
+
+
+def _begins_an_answer(chunk: Json) -> bool:
+    """Say whether a chunk holds more than a role: text, a tool call, a finish reason and the like."""
+    choices = chunk.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        if not isinstance(choice, dict):
+            continue
+        delta = choice.get("delta")
+        if choice.get("finish_reason") or (
+            isinstance(delta, dict) and any(value for key, value in delta.items() if key != "role")
+        ):
+            return True
+    return False
+
+
+def _on_one_line(event: bytes, data: Json) -> bytes:
+    return event if b"\n" not in event else _written(data)
+
+
+def _written(data: Json) -> bytes:
+    try:
+        return orjson.dumps(data)
+    except TypeError:
+        raise UpstreamBroken("the teacher's answer is nested too deeply to be written again") from None
 
 
 def _header(headers: Headers, name: str) -> str:

@@ -363,15 +363,25 @@ def test_a_failure_before_the_first_byte_is_repeated(first: Step, way: Any) -> N
 
 def test_what_the_client_has_not_seen_can_be_repeated_too() -> None:
     cut = hangs_up(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{")
-    early = streams(sse({"error": {"message": "busy", "code": 503}}))
+    failure = sse({"error": {"message": "busy", "code": 503}})
+    early = [
+        streams(failure),
+        streams(STREAM[0], failure),
+        streams(STREAM[0]),
+        streams(STREAM[0], end=False),
+        streams(STREAM[0], DONE),
+        streams(STREAM[0], STREAM[-1], DONE),
+    ]
 
     async def scenario() -> None:
         async with scripted(cut, ANSWERS) as upstream, teacher_of(upstream) as teacher:
             await complete(teacher)
             assert len(upstream.requests) == 2
-        async with scripted(early, streams(*STREAM, DONE)) as upstream, teacher_of(upstream) as teacher:
-            await streamed(teacher)
-            assert len(upstream.requests) == 2
+        for first in early:
+            async with scripted(first, streams(*STREAM, DONE)) as upstream, teacher_of(upstream) as teacher:
+                got, _ = await streamed(teacher)
+                assert len(upstream.requests) == 2
+                assert b"".join(sse(chunk.raw) for chunk in got) == b"".join(STREAM)
 
     run(scenario())
 
@@ -515,13 +525,19 @@ def test_a_good_status_with_a_bad_answer(step: Step, error: type[UpstreamError])
 
 def test_an_error_with_a_good_status_keeps_its_own() -> None:
     async def scenario() -> None:
-        for number in ({"code": 402}, {"status": 402}):
-            body = {"error": {"message": "pay", **number}}
+        for said, status in (
+            ({"code": 402}, 402),
+            ({"status": 402}, 402),
+            ({"code": "402"}, 402),
+            ({"type": "invalid_request_error", "code": "context_length_exceeded"}, 400),
+            ({"type": "authentication_error"}, 401),
+        ):
+            body = {"error": {"message": "no", **said}}
             for step, way in ((says(200, body), complete), (streams(sse(body)), streamed)):
                 async with scripted(step) as upstream, teacher_of(upstream) as teacher:
                     with pytest.raises(UpstreamRefused) as caught:
                         await way(teacher)
-                    assert caught.value.status == 402
+                    assert caught.value.status == status
                     assert orjson.loads(caught.value.body) == body
                     assert caught.value.headers["content-type"] == "application/json"
 
@@ -602,19 +618,31 @@ def test_a_broken_end_is_said(step: Step) -> None:
     run(scenario())
 
 
-def test_an_error_in_the_middle_brings_its_body() -> None:
-    failure = {"error": {"message": "the model crashed", "code": 500}}
+CRASHED: Json = {"message": "the model crashed", "code": 500}
 
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        sse({"error": CRASHED}),
+        b'event: error\ndata: {"error":\ndata: {"message": "the model crashed",\ndata: "code": 500}}\n\n',
+        sse({"object": "error", **CRASHED}),
+        sse({"id": "1", "error": CRASHED, "choices": [{"index": 0, "delta": {}, "finish_reason": "error"}]}),
+        sse({"choices": [{"index": 0, "delta": {}, "finish_reason": "error", "error": CRASHED}]}),
+    ],
+)
+def test_an_error_in_the_middle_brings_its_body(event: bytes) -> None:
     async def scenario() -> None:
         async with (
-            scripted(streams(*STREAM[:2], sse(failure), 5.0)) as upstream,
+            scripted(streams(*STREAM[:2], event, 5.0)) as upstream,
             teacher_of(upstream) as teacher,
         ):
             async with teacher.stream(ASKED, authorization=None, request_id="r") as stream:
                 with pytest.raises(StreamFailed) as caught:
                     async for _ in stream:
                         pass
-            assert orjson.loads(caught.value.body) == failure
+            assert orjson.loads(caught.value.body) == {"error": CRASHED}
+            assert b"\n" not in caught.value.body
             assert len(upstream.requests) == 1
 
     run(scenario())
@@ -660,10 +688,10 @@ def test_a_long_stream_outlives_the_deadline() -> None:
 
 def test_chunks_are_not_held_back() -> None:
     async def scenario() -> None:
-        async with scripted(streams(STREAM[0], 5.0)) as upstream, teacher_of(upstream) as teacher:
+        async with scripted(streams(*STREAM[:2], 5.0)) as upstream, teacher_of(upstream) as teacher:
             began = time.monotonic()
             async with teacher.stream(ASKED, authorization=None, request_id="r") as stream:
-                await anext(stream)
+                await anext(stream), await anext(stream)
                 assert time.monotonic() - began < 2
 
     run(scenario())
@@ -671,9 +699,8 @@ def test_chunks_are_not_held_back() -> None:
 
 def test_leaving_early_hangs_up() -> None:
     async def leaves_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(
-            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(STREAM[0]), STREAM[0])
-        )
+        sent = STREAM[0] + STREAM[1]
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(sent), sent))
         await reader.readexactly(1)
 
     async def scenario() -> None:
