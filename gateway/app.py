@@ -37,6 +37,7 @@ from gateway.metrics import Metrics
 from gateway.passthrough import Passthrough
 from gateway.pipeline import Pipeline
 from gateway.tasks import Tasks
+from serving.disk import Disk
 from serving.layout import task_names
 from serving.log import EventLog
 from serving.pricing import PriceList
@@ -61,17 +62,22 @@ class Parts:
     live: LiveReleases
 
 
-def create_app(settings: Settings, *, config_path: Path | None = None) -> Gateway:
-    """Build the gateway. `config_path` is the file the settings came from, for the learner started later."""
-    return Gateway(settings, config_path)
+def create_app(settings: Settings, *, config_path: Path | None = None, disk: Disk | None = None) -> Gateway:
+    """Build the gateway.
+
+    `config_path` is the file the settings came from, for the learner started later; `disk` is what the log is
+    written through.
+    """
+    return Gateway(settings, config_path, disk or Disk())
 
 
 class Gateway:
     """The ASGI application. Its parts exist while its lifespan runs."""
 
-    def __init__(self, settings: Settings, config_path: Path | None) -> None:
+    def __init__(self, settings: Settings, config_path: Path | None, disk: Disk) -> None:
         self._settings = settings
         self._config_path = config_path
+        self._disk = disk
         self._parts: Parts | None = None
         self._rest = self._create_rest()
 
@@ -143,7 +149,7 @@ class Gateway:
         """Build every part and have `stack` take them down in the opposite order."""
         settings = self._settings
         state_dir = settings.state_dir
-        (state_dir / "tasks").mkdir(parents=True, exist_ok=True)
+        self._disk.make_directory(state_dir / "tasks")
         key = settings.teacher_key()
         metrics = Metrics()
         prices = PriceList(settings.teacher.price, base_url=settings.teacher.base_url)
@@ -153,7 +159,7 @@ class Gateway:
         tasks = Tasks(settings, lambda: task_names(state_dir))
         live = LiveReleases(state_dir, tasks, metrics)
         stack.push_async_callback(live.aclose)
-        event_log = EventLog(state_dir, settings.log)
+        event_log = EventLog(state_dir, settings.log, disk=self._disk)
         stack.push_async_callback(event_log.aclose)
         ledger = Ledger(
             event_log,
@@ -161,6 +167,7 @@ class Gateway:
             prices,
             student_usd_per_hour=settings.student.usd_per_hour,
             teacher_model=settings.teacher.model,
+            max_wait_s=settings.log.max_wait_s,
         )
         stack.push_async_callback(ledger.aclose)
         gate = Gate(settings.server.api_keys, key)

@@ -23,7 +23,10 @@ _COMPLAIN_EVERY_S = 60.0
 
 
 class Ledger:
-    """Makes exchanges durable and counts their cost. A log that fails never fails a request."""
+    """Makes exchanges durable and counts their cost. A log that fails never fails a request.
+
+    An answer waits for its exchange at most `max_wait_s`: then it goes out, and the exchange is late.
+    """
 
     def __init__(
         self,
@@ -33,12 +36,14 @@ class Ledger:
         *,
         student_usd_per_hour: float,
         teacher_model: str | None,
+        max_wait_s: float,
     ) -> None:
         self._log = event_log
         self._metrics = metrics
         self._prices = prices
         self._student_usd_per_s = student_usd_per_hour / 3600
         self._teacher_model = teacher_model
+        self._max_wait_s = max_wait_s
         self._complained_at = -_COMPLAIN_EVERY_S
         self._background: set[asyncio.Task[bool]] = set()
 
@@ -76,13 +81,24 @@ class Ledger:
         return usd
 
     async def commit(self, turn: Turn) -> None:
-        """Return when the exchange is durable, or counted as lost. One that isn't storable leaves nothing."""
+        """Return when the exchange is durable, or counted as lost or late. One that isn't storable leaves nothing.
+
+        A late one is still being written; it is counted as logged or lost once that has come to an end.
+        """
         if not turn.storable:
             return
         if turn.supersedes is not None:
             self.later(turn.task, events.superseded(turn.supersedes, by=turn.id, at=time.time()))
         # The client may go away while the line is written: what was answered is logged all the same.
-        await asyncio.shield(self._spawn(self._answered(turn, events.answered(turn.exchange()))))
+        writing = self._spawn(self._answered(turn, events.answered(turn.exchange())))
+        done, _ = await asyncio.wait([writing], timeout=self._max_wait_s)
+        if not done:
+            self._metrics.record_late(turn.task)
+            self._complain(
+                "task %s: an answer went out after %.1f s before its exchange was on disk: the disk is too slow",
+                turn.task,
+                self._max_wait_s,
+            )
 
     async def _answered(self, turn: Turn, event: Json) -> bool:
         turn.logged = await self.append(turn.task, event)
@@ -108,12 +124,16 @@ class Ledger:
             await self._log.append(task, event)
         except (OSError, ValueError) as error:
             self._metrics.record_lost(task)
-            now = time.monotonic()
-            if now - self._complained_at >= _COMPLAIN_EVERY_S:
-                self._complained_at = now
-                log.error("task %s: an exchange is lost, the log can't take it: %s", task, error)
+            self._complain("task %s: an exchange is lost, the log can't take it: %s", task, error)
             return False
         return True
+
+    def _complain(self, message: str, *details: object) -> None:
+        """Log an error, but not one a request."""
+        now = time.monotonic()
+        if now - self._complained_at >= _COMPLAIN_EVERY_S:
+            self._complained_at = now
+            log.error(message, *details)
 
     def close_books(self, turn: Turn, status: int) -> None:
         """Count a request that is over, once."""

@@ -80,6 +80,9 @@ class Metrics:
         )
         self._logged = self._counter(names.METRIC_LOGGED, "Exchanges made durable.", ("task",))
         self._lost = self._counter(names.METRIC_LOST, "Exchanges that could not be logged.", ("task",))
+        self._late = self._counter(
+            names.METRIC_LATE, "Answers that went out before their exchange was on disk.", ("task",)
+        )
         self._upstream_errors = self._counter(
             names.METRIC_UPSTREAM_ERRORS, "Requests that an upstream failed on.", ("upstream", "kind")
         )
@@ -188,6 +191,10 @@ class Metrics:
     def record_lost(self, task: str) -> None:
         """Count an exchange that could not be logged."""
         self._lost.labels(task).inc()
+
+    def record_late(self, task: str) -> None:
+        """Count an answer that went out before its exchange was on disk."""
+        self._late.labels(task).inc()
 
     def record_upstream_error(self, upstream: str, kind: str) -> None:
         """Count a failure of an upstream (`teacher`, `student`), by kind (`status`, `timeout`, `broken`)."""

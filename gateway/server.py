@@ -25,6 +25,7 @@ from gateway.app import Gateway, create_app
 from gateway.client import request_id_of
 from gateway.envelope import refuse
 from gateway.log_format import configure_logging
+from serving.disk import Disk
 from serving.errors import ConfigError
 from serving.settings import Settings
 
@@ -153,7 +154,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _check_state_dir(state_dir: Path) -> None:
     try:
-        (state_dir / "tasks").mkdir(parents=True, exist_ok=True)
+        Disk().make_directory(state_dir / "tasks")
         with tempfile.TemporaryFile(dir=state_dir):
             pass
     except OSError as error:

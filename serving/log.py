@@ -28,6 +28,7 @@ class _Batch:
     """The lines of one task that wait for the same fsync."""
 
     lines: list[bytes] = field(default_factory=list)
+    size: int = 0
     done: asyncio.Event = field(default_factory=asyncio.Event)
     error: OSError | None = None
 
@@ -36,7 +37,8 @@ class EventLog:
     """Appends events; one per process, used from one event loop.
 
     Group commit: while one batch is being synced in a thread, the next one gathers, so that the number of
-    fsyncs follows the disk and not the traffic. Many tasks may be written; a bounded number of files is open.
+    fsyncs follows the disk and not the traffic. Many tasks may be written; a bounded number of files is open,
+    and a bounded number of bytes waits for a disk that is too slow.
     """
 
     def __init__(self, state_dir: Path, settings: LogSettings, *, disk: Disk | None = None) -> None:
@@ -50,14 +52,17 @@ class EventLog:
         # One thread: the writer belongs to it, and two fsyncs at once would only slow each other down.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="event-log")
         self._gathering: dict[str, _Batch] = {}
+        self._max_waiting_bytes = settings.max_waiting_bytes
+        self._waiting_bytes = 0
         self._flusher: asyncio.Task[None] | None = None
         self._closed = False
 
     async def append(self, task: str, event: Json) -> None:
         """Return when the event is durable: synced, or with "relaxed" durability written.
 
-        Raises OSError when it isn't (disk full, read-only, no JSON, no name of a task, log closed): then the
-        event is not in the log, and the next append tries afresh. A cancelled append may still be written.
+        Raises OSError when it isn't (disk full, read-only, too much waiting for a slow one, no JSON, no name
+        of a task, log closed): then the event is not in the log, and the next append tries afresh. A cancelled
+        append may still be written.
         """
         if self._closed:
             raise OSError(errno.EBADF, "the event log is closed")
@@ -66,10 +71,17 @@ class EventLog:
             line = encode(event)
         except (UnknownTask, ValueError) as error:
             raise OSError(errno.EINVAL, str(error)) from error
+        if self._waiting_bytes and self._waiting_bytes + len(line) > self._max_waiting_bytes:
+            raise OSError(
+                errno.ENOBUFS,
+                f"the disk is too slow: {self._waiting_bytes} bytes wait for it already (log.max_waiting_bytes)",
+            )
         batch = self._gathering.get(task)
         if batch is None:
             batch = self._gathering[task] = _Batch()
         batch.lines.append(line)
+        batch.size += len(line)
+        self._waiting_bytes += len(line)
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush(), name="event-log flush")
         await batch.done.wait()
@@ -100,11 +112,13 @@ class EventLog:
                     )
                 except OSError as error:
                     batch.error = error
+                self._waiting_bytes -= batch.size
                 batch.done.set()
         except BaseException as error:
             # Cancelled with the loop, or a bug: nobody may wait forever for an fsync that won't come.
             for waiting in (batch, *self._gathering.values()):
                 if waiting is not None and not waiting.done.is_set():
+                    self._waiting_bytes -= waiting.size
                     waiting.error = OSError(errno.ECANCELED, f"the event log stopped: {error!r}")
                     waiting.done.set()
             self._gathering.clear()

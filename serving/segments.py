@@ -66,6 +66,7 @@ class SegmentWriter:
         self._boot = boot_token()
         self._numbers = count(1)
         self._open: OrderedDict[str, _Segment] = OrderedDict()
+        self._reachable: set[Path] = set()
 
     def append(self, task: str, data: bytes) -> None:
         """Write whole lines with one write, and one fsync if durable.
@@ -112,6 +113,7 @@ class SegmentWriter:
                 if _lock(fd) is not False and _is_at(fd, path):
                     if not _sealed(path).exists():
                         self._disk.sync_directory(directory)
+                        self._make_reachable(directory)
                         return _Segment(path, fd)
                     path.unlink()  # an earlier process with our number sealed a segment of this name
                 # else: someone who seals abandoned segments was faster than our lock
@@ -120,6 +122,20 @@ class SegmentWriter:
                 os.close(fd)
                 raise
         raise AssertionError("unreachable: numbers don't end")
+
+    def _make_reachable(self, directory: Path) -> None:
+        """Sync the folders above, once.
+
+        One that exists may have been made by a process that died before it had synced it, and a segment in a
+        folder that is gone after a loss of power is gone too.
+        """
+        if directory in self._reachable:
+            return
+        folder = directory
+        while folder != self._state_dir and folder != folder.parent:
+            folder = folder.parent
+            self._disk.sync_directory(folder)
+        self._reachable.add(directory)
 
     def _seal(self, task: str) -> None:
         segment = self._open.pop(task)

@@ -22,6 +22,7 @@ import pytest
 import uvicorn
 
 from routers.router import Router
+from serving.disk import Disk
 from serving.events import answered
 from serving.exchange import Exchange, TeacherAnswer
 from serving.failures import Failures
@@ -82,6 +83,65 @@ def serve() -> Iterator[Callable[..., str]]:
     for _, thread in running:
         thread.join(timeout=20)
         assert not thread.is_alive(), "a server didn't stop within 20 s"
+
+
+class ForgetfulDisk(Disk):
+    """A disk that knows what would be left of it without power: synced bytes under synced names.
+
+    `sync` takes a moment, so that whoever doesn't wait for it is seen.
+    """
+
+    def __init__(self, sync_s: float = 0.0) -> None:
+        self.syncs = 0
+        self._sync_s = sync_s
+        self._bytes: dict[int, int] = {}  # inode → how many of its bytes are safe
+        self._names: dict[int, dict[str, int]] = {}  # a directory's inode → its safe names and their inodes
+        self._lock = threading.Lock()
+
+    def create(self, path: Path) -> int:
+        fd = super().create(path)
+        with self._lock:
+            self._bytes[os.fstat(fd).st_ino] = 0  # it may have been the inode of another file before
+        return fd
+
+    def sync(self, fd: int) -> None:
+        status = os.fstat(fd)
+        time.sleep(self._sync_s)
+        super().sync(fd)
+        with self._lock:
+            self.syncs += 1
+            self._bytes[status.st_ino] = status.st_size
+
+    def rename(self, source: Path, target: Path) -> None:
+        with self._lock:
+            super().rename(source, target)
+
+    def sync_directory(self, path: Path) -> None:
+        super().sync_directory(path)
+        with self._lock:
+            self._names[path.stat().st_ino] = {e.name: e.stat().st_ino for e in path.iterdir()}
+
+    def without_power(self, state_dir: Path, copy: Path) -> Path:
+        """Write into `copy` what would be left of `state_dir`."""
+        with self._lock:
+            inodes = {path.stat().st_ino: path for path in state_dir.rglob("*")}
+            self._restore(state_dir, copy, inodes)
+        return copy
+
+    def _restore(self, directory: Path, copy: Path, inodes: dict[int, Path]) -> None:
+        copy.mkdir(parents=True)
+        for name, inode in self._names.get(directory.stat().st_ino, {}).items():
+            path = inodes.get(inode)
+            if path is not None and path.is_dir():
+                self._restore(path, copy / name, inodes)
+            elif path is not None:
+                (copy / name).write_bytes(path.read_bytes()[: self._bytes.get(inode, 0)])
+
+
+@pytest.fixture
+def forgetful_disk() -> Callable[..., ForgetfulDisk]:
+    """Make a disk that forgets what wasn't synced; `sync_s` is how long a sync takes."""
+    return ForgetfulDisk
 
 
 @dataclass(frozen=True)
@@ -158,7 +218,13 @@ def gateway(
     # Imported here: most tests need no gateway, and it takes most of a second.
     from gateway.app import create_app
 
-    def start(base_url: str, *, teacher_key: str | None = TEACHER_KEY, **sections: Any) -> RunningGateway:
+    def start(
+        base_url: str,
+        *,
+        teacher_key: str | None = TEACHER_KEY,
+        disk: Disk | None = None,
+        **sections: Any,
+    ) -> RunningGateway:
         if teacher_key is None:
             monkeypatch.delenv("TEACHER_KEY", raising=False)
         else:
@@ -178,7 +244,7 @@ def gateway(
                 **sections.get("teacher", {}),
             },
         }
-        return RunningGateway(serve(create_app(Settings(**given))), state_dir)
+        return RunningGateway(serve(create_app(Settings(**given), disk=disk)), state_dir)
 
     return start
 

@@ -150,6 +150,7 @@ def exposed() -> Iterator[tuple[str, set[str]]]:
     metrics.record_audit("t", True, 0.1)
     metrics.record_logged("t")
     metrics.record_lost("t")
+    metrics.record_late("t")
     metrics.record_upstream_error("teacher", "timeout")
     metrics.record_cache("t", "hit")
     metrics.record_cache_age(0.1)

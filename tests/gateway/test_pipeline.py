@@ -54,7 +54,7 @@ async def running(settings: Settings, disk: Disk) -> AsyncIterator[Pipeline]:
     tasks = Tasks(settings, lambda: task_names(state_dir))
     live = LiveReleases(state_dir, tasks, metrics)
     event_log = EventLog(state_dir, settings.log, disk=disk)
-    ledger = Ledger(event_log, metrics, prices, student_usd_per_hour=0.1, teacher_model=None)
+    ledger = Ledger(event_log, metrics, prices, student_usd_per_hour=0.1, teacher_model=None, max_wait_s=2.0)
     audits = Audits(
         teacher=teacher, ledger=ledger, live=live, tasks=tasks, metrics=metrics, client_keys=False
     )

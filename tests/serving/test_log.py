@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -24,6 +25,8 @@ from serving.layout import is_task_name
 from serving.log import EventLog, LogReader, seal_abandoned
 from serving.segments import SegmentWriter, boot_token
 from serving.settings import LogSettings, Name
+
+Start = Callable[..., Any]
 
 
 def event(id: str, created: float = 1.0, text: str = "hello") -> Json:
@@ -50,60 +53,13 @@ def place(state_dir: Path, name: str, content: bytes, task: str = "t") -> Path:
     return path
 
 
-class ForgetfulDisk(Disk):
-    """A disk that knows what would be left of it without power: synced bytes under synced names.
-
-    `sync` takes a moment, so that whoever doesn't wait for it is seen.
-    """
-
-    def __init__(self, sync_s: float = 0.0) -> None:
-        self.syncs = 0
-        self._sync_s = sync_s
-        self._bytes: dict[int, int] = {}  # inode → how many of its bytes are safe
-        self._names: dict[Path, dict[str, int]] = {}  # directory → its safe names and their inodes
-        self._lock = threading.Lock()
-
-    def sync(self, fd: int) -> None:
-        status = os.fstat(fd)
-        time.sleep(self._sync_s)
-        super().sync(fd)
-        with self._lock:
-            self.syncs += 1
-            self._bytes[status.st_ino] = status.st_size
-
-    def rename(self, source: Path, target: Path) -> None:
-        with self._lock:
-            super().rename(source, target)
-
-    def sync_directory(self, path: Path) -> None:
-        super().sync_directory(path)
-        with self._lock:
-            self._names[path] = {entry.name: entry.stat().st_ino for entry in path.iterdir()}
-
-    def without_power(self, state_dir: Path, copy: Path) -> Path:
-        """Write into `copy` what would be left of `state_dir`."""
-        with self._lock:
-            inodes = {path.stat().st_ino: path for path in state_dir.rglob("*")}
-            self._restore(state_dir, copy, inodes)
-        return copy
-
-    def _restore(self, directory: Path, copy: Path, inodes: dict[int, Path]) -> None:
-        copy.mkdir(parents=True)
-        for name, inode in self._names.get(directory, {}).items():
-            path = inodes.get(inode)
-            if path is not None and path.is_dir():
-                self._restore(path, copy / name, inodes)
-            elif path is not None:
-                (copy / name).write_bytes(path.read_bytes()[: self._bytes.get(inode, 0)])
-
-
 @pytest.mark.parametrize("segment_bytes", [4096, 1 << 20])
 def test_what_was_appended_survives_a_loss_of_power_at_that_very_moment(
-    tmp_path: Path, segment_bytes: int
+    tmp_path: Path, segment_bytes: int, forgetful_disk: Start
 ) -> None:
     state_dir = tmp_path / "state"
     state_dir.mkdir()
-    disk = ForgetfulDisk(sync_s=0.002)
+    disk = forgetful_disk(sync_s=0.002)
 
     async def run() -> None:
         log = EventLog(state_dir, LogSettings(segment_bytes=segment_bytes), disk=disk)
@@ -124,8 +80,8 @@ def test_what_was_appended_survives_a_loss_of_power_at_that_very_moment(
     assert all(path.suffix == ".jsonl" for path in left.rglob("*-*-*"))
 
 
-def test_one_sync_serves_everyone_who_waits(tmp_path: Path) -> None:
-    disk = ForgetfulDisk(sync_s=0.02)
+def test_one_sync_serves_everyone_who_waits(tmp_path: Path, forgetful_disk: Start) -> None:
+    disk = forgetful_disk(sync_s=0.02)
 
     async def run() -> None:
         log = EventLog(tmp_path, LogSettings(), disk=disk)
@@ -140,8 +96,42 @@ def test_one_sync_serves_everyone_who_waits(tmp_path: Path) -> None:
     assert len(ids(tmp_path)) == 101
 
 
-def test_relaxed_appends_are_written_but_not_synced(tmp_path: Path) -> None:
-    disk = ForgetfulDisk()
+def test_what_waits_for_a_slow_disk_is_bounded(tmp_path: Path, forgetful_disk: Start) -> None:
+    async def run() -> None:
+        log = EventLog(tmp_path, LogSettings(max_waiting_bytes=5000), disk=forgetful_disk(sync_s=0.05))
+        huge = asyncio.create_task(log.append("t", event("huge", text="x" * 9000)))
+        await asyncio.sleep(0)
+        with pytest.raises(OSError, match=r"the disk is too slow: 9\d{3} bytes wait for it already"):
+            await log.append("t", event("refused"))
+        await huge
+        waiting = [asyncio.create_task(log.append("t", event(f"{i}", text="x" * 1000))) for i in range(9)]
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [outcome is None for outcome in outcomes] == [True] * 3 + [False] * 6
+        await log.append("t", event("after"))
+        await log.aclose()
+
+    asyncio.run(run())
+    assert sorted(ids(tmp_path)) == ["0", "1", "2", "after", "huge"]
+
+
+def test_folders_left_behind_by_a_process_that_died_are_made_durable_too(
+    tmp_path: Path, forgetful_disk: Start
+) -> None:
+    state_dir = tmp_path / "state"
+    events_of(state_dir).mkdir(parents=True)  # and never synced
+    disk = forgetful_disk()
+
+    async def run() -> None:
+        log = EventLog(state_dir, LogSettings(), disk=disk)
+        await log.append("t", event("a"))
+        assert ids(disk.without_power(state_dir, tmp_path / "left")) == ["a"]
+        await log.aclose()
+
+    asyncio.run(run())
+
+
+def test_relaxed_appends_are_written_but_not_synced(tmp_path: Path, forgetful_disk: Start) -> None:
+    disk = forgetful_disk()
 
     async def run() -> None:
         log = EventLog(tmp_path, LogSettings(durability="relaxed"), disk=disk)
@@ -292,9 +282,11 @@ def test_closing_writes_what_waits_and_seals(tmp_path: Path) -> None:
         assert [name.endswith(".jsonl") for name in names(tmp_path, f"t{i}")] == [True]
 
 
-def test_nobody_waits_forever_when_the_flush_is_cancelled_with_its_loop(tmp_path: Path) -> None:
+def test_nobody_waits_forever_when_the_flush_is_cancelled_with_its_loop(
+    tmp_path: Path, forgetful_disk: Start
+) -> None:
     async def run() -> None:
-        log = EventLog(tmp_path, LogSettings(), disk=ForgetfulDisk(sync_s=0.05))
+        log = EventLog(tmp_path, LogSettings(), disk=forgetful_disk(sync_s=0.05))
         waiting = [asyncio.create_task(log.append("t", event("a")))]
         await asyncio.sleep(0.01)
         waiting.append(asyncio.create_task(log.append("t", event("b"))))
