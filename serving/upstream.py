@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import ipaddress
 import os
 import ssl
@@ -35,6 +36,7 @@ Headers = Sequence[tuple[str, str]]
 _CONNECT_S = 10.0
 _KEEP_ALIVE_S = 60.0
 _LONGEST_HEADER = 64 * 1024
+_AT_ONCE = 1024 * 1024
 
 
 class NothingSent(UpstreamBroken):
@@ -146,7 +148,7 @@ class Upstream:
                     method,
                     URL(self.url(path), encoded=True),
                     headers=headers,
-                    data=body or None,
+                    data=_in_pieces(body),
                     allow_redirects=False,
                     proxy=self._proxy,
                     trace_request_ctx=reused,
@@ -203,6 +205,13 @@ class Upstream:
             max_field_size=_LONGEST_HEADER,
         )
         return self._session
+
+
+def _in_pieces(body: bytes | AsyncIterator[bytes]) -> AsyncIterator[bytes] | io.BytesIO | bytes | None:
+    """Have a large body written piece by piece: aiohttp would hold up the other requests, and warns of it."""
+    if isinstance(body, bytes) and len(body) > _AT_ONCE:
+        return io.BytesIO(body)
+    return body or None
 
 
 async def _note_reuse(

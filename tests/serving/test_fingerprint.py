@@ -1,4 +1,5 @@
 import datetime
+import time
 import uuid
 from typing import Any
 
@@ -148,3 +149,12 @@ def test_a_prompt_full_of_marks_takes_linear_time() -> None:
     # 400 kB of each beginning that a careless pattern would try again; quadratic would take minutes.
     for mark in ("@", "a@", "://", "a", "1", "a1-", '"', "'A", "“A", "-", "1 "):
         mask(mark * (400_000 // len(mark)))
+
+
+@pytest.mark.parametrize(
+    "piece", ["Mon ", "Mon, ", "3-day-", "1..", "1 a", "'A ", "a@", "x@b.", '"A ', "1٣-", "://"]
+)
+def test_no_text_takes_long(piece: str) -> None:
+    began = time.perf_counter()
+    mask(piece * (4_000_000 // len(piece)) + "1")
+    assert time.perf_counter() - began < 2
