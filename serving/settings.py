@@ -101,6 +101,7 @@ class TeacherSettings(Section):
     trainable: bool = Field(False, description="whether the provider's terms let you train on its answers")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one request, retries included")
     max_retries: int = Field(2, ge=0, le=10)
+    logprobs: bool = Field(False, description="ask for log-probabilities, which only the log gets to see")
     price: Price | None = Field(None, description="overrides the price list of genai-prices")
 
 

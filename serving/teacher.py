@@ -21,10 +21,11 @@ from pydantic import SecretStr
 
 from serving.errors import ConfigError, UpstreamError, UpstreamRefused, UpstreamTimeout
 from serving.exchange import Json, TeacherAnswer
+from serving.logprobs import LogprobsForTheLog, may_be_about_logprobs
 from serving.pricing import PriceList
 from serving.retry import delay_before_retry
 from serving.settings import TeacherSettings
-from serving.teacher_stream import Chunk, StreamFailed, TeacherStream, completion_of
+from serving.teacher_stream import Chunk, StreamFailed, TeacherStream, completion_of, shown_of
 from serving.upstream import Headers, NothingSent, StaleConnection, Upstream, UpstreamResponse
 from serving.wire import forwardable_request, forwardable_response, upstream_path
 
@@ -45,7 +46,8 @@ _CHAT_HEADERS = frozenset(
 class TeacherReply:
     """A whole answer: `body` is the completion, `raw` its bytes, `headers` what of its headers may go on.
 
-    Body and bytes are mended where strict clients need it (`serving.mending`).
+    Body and bytes are mended where strict clients need it (`serving.mending`), and lack the log-probabilities
+    that `answer` has for the log alone.
     """
 
     answer: TeacherAnswer
@@ -55,7 +57,7 @@ class TeacherReply:
 
 
 class Teacher:
-    """Asks the teacher. Holds no state but the connections of `upstream`, which it doesn't close.
+    """Asks the teacher. Holds the connections of `upstream`, which it doesn't close.
 
     `key` is the gateway's own key for the teacher; without it the client's `authorization` is passed on.
     Raises ConfigError for a key that can't stand in a header.
@@ -67,6 +69,7 @@ class Teacher:
         self._settings = settings
         self._upstream = upstream
         self._prices = prices
+        self._logprobs = LogprobsForTheLog(wanted=settings.logprobs)
         self._authorization = None if key is None else SecretStr(f"Bearer {_checked(key)}")
 
     async def complete(
@@ -81,18 +84,17 @@ class Teacher:
         UpstreamBroken.
         """
         began = time.perf_counter()
-        body = self._body(request, stream=False)
         sent = self._chat_headers(authorization, request_id, headers)
 
-        async def attempt() -> tuple[bytes, Json, Headers]:
+        async def attempt(body: bytes, hide: bool) -> tuple[Json, Json, bytes, Headers]:
             async with await self._upstream.request("POST", _CHAT, headers=sent, body=body) as response:
                 raw = await response.read()
             if not 200 <= response.status < 300:
                 raise _refused(response, raw)
             completion, raw = completion_of(raw, response.headers, request)
-            return raw, completion, response.headers
+            return completion, *shown_of(completion, raw, hide=hide), response.headers
 
-        raw, completion, received = await self._until_answered(attempt, repeatable=_always)
+        completion, shown, raw, received = await self._asked(request, attempt, stream=False)
         answer = self._answer(
             model=completion.get("model") or request["model"],
             choices=completion["choices"],
@@ -102,7 +104,7 @@ class Teacher:
             asked_model=self._settings.model or request["model"],
             latency_s=time.perf_counter() - began,
         )
-        return TeacherReply(answer, completion, raw, forwardable_response(received, whole=False))
+        return TeacherReply(answer, shown, raw, forwardable_response(received, whole=False))
 
     @asynccontextmanager
     async def stream(
@@ -117,15 +119,14 @@ class Teacher:
         Raises as `complete` does, on entering and while iterating.
         """
         began = time.perf_counter()
-        body = self._body(request, stream=True)
         sent = self._chat_headers(authorization, request_id, headers)
 
-        async def attempt() -> TeacherStream:
+        async def attempt(body: bytes, hide: bool) -> TeacherStream:
             response = await self._upstream.request("POST", _CHAT, headers=sent, body=body)
             try:
                 if not 200 <= response.status < 300:
                     raise _refused(response, await response.read())
-                stream = TeacherStream(response, request, finish=finish)
+                stream = TeacherStream(response, request, hide=hide, finish=finish)
                 await stream.begin()
             except BaseException:
                 await response.aclose()
@@ -144,7 +145,7 @@ class Teacher:
                 latency_s=time.perf_counter() - began,
             )
 
-        stream = await self._until_answered(attempt, repeatable=_always)
+        stream = await self._asked(request, attempt, stream=True)
         try:
             yield stream
         finally:
@@ -186,6 +187,31 @@ class Teacher:
         response.headers = forwardable_response(response.headers, whole=True)
         return response
 
+    async def _asked(
+        self, request: Json, attempt: Callable[[bytes, bool], Awaitable[_T]], *, stream: bool
+    ) -> _T:
+        """Ask for a chat completion, with log-probabilities where the log wants them and the model has them.
+
+        `attempt` gets the body to send, and whether its log-probabilities are for the log only.
+        """
+
+        async def ask(hide: bool) -> _T:
+            body = self._body(request, stream=stream, logprobs=hide)
+            return await self._until_answered(lambda: attempt(body, hide), repeatable=_always)
+
+        model = self._settings.model or request["model"]
+        wanted = self._logprobs.to_be_asked(request, model)
+        if wanted:
+            try:
+                return await ask(True)
+            except UpstreamRefused as error:
+                if not may_be_about_logprobs(error):
+                    raise
+        answer = await ask(False)
+        if wanted:
+            self._logprobs.not_from(model)
+        return answer
+
     async def _until_answered(
         self, attempt: Callable[[], Awaitable[_T]], *, repeatable: Callable[[UpstreamError], bool]
     ) -> _T:
@@ -213,8 +239,10 @@ class Teacher:
             failed += 1
             await asyncio.sleep(delay)
 
-    def _body(self, request: Json, *, stream: bool) -> bytes:
+    def _body(self, request: Json, *, stream: bool, logprobs: bool) -> bytes:
         body = dict(request)
+        if logprobs:
+            body["logprobs"] = True
         if self._settings.model is not None:
             body["model"] = self._settings.model
         if stream:

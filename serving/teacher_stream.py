@@ -15,6 +15,7 @@ from serving.chat import chunks, token_limit, wants_continuous_usage
 from serving.errors import UpstreamBroken
 from serving.exchange import Json, TeacherAnswer
 from serving.failed_answer import error_in, failure_of
+from serving.logprobs import hide_logprobs, without_logprobs
 from serving.mending import Mender, mend_completion
 from serving.sse import EventParser
 from serving.upstream import Headers, UpstreamResponse
@@ -40,7 +41,7 @@ class Chunk:
     `raw` is its JSON on one line: as received where nothing was wrong with it, for passing on without
     serialising it again. `usage_only`: it has no choices and is there for the usage, so a client that didn't
     ask for usage must not be shown it. It comes last, and no chunk before it holds usage, unless the request
-    asked for `continuous_usage_stats`.
+    asked for `continuous_usage_stats`. Log-probabilities that only the log wants are in neither.
     """
 
     data: Json
@@ -53,16 +54,23 @@ class TeacherStream:
 
     Iterating raises UpstreamBroken when the stream ends without `[DONE]` or a finish reason for every choice,
     StreamFailed when the teacher reports an error, UpstreamTimeout when it falls silent. After `[DONE]` a
-    choice without a finish reason is given one: its sender called the answer whole.
+    choice without a finish reason is given one: its sender called the answer whole. With `hide` the chunks
+    lack the log-probabilities that the answer has.
     """
 
     def __init__(
-        self, response: UpstreamResponse, request: Json, *, finish: Callable[[TeacherStream], TeacherAnswer]
+        self,
+        response: UpstreamResponse,
+        request: Json,
+        *,
+        hide: bool,
+        finish: Callable[[TeacherStream], TeacherAnswer],
     ) -> None:
         self.assembler = Assembler()
         self.headers: list[tuple[str, str]] = forwardable_response(response.headers, whole=False)
         self._response = response
         self._request = request
+        self._hide = hide
         self._finish = finish
         self._keeps_usage = wants_continuous_usage(request)
         self._parser = EventParser()
@@ -160,6 +168,8 @@ class TeacherStream:
         """Take in one chunk of the teacher's, and make of it what goes on."""
         mended = self._mender.mend(data)
         self.assembler.add(data)
+        if self._hide:
+            mended = hide_logprobs(data["choices"]) or mended
         if data.get("usage") is not None:
             if not data["choices"]:
                 self._usage = Chunk(data, _written(data) if mended else _on_one_line(event, data), True)
@@ -190,6 +200,8 @@ class TeacherStream:
         completion, _ = completion_of(raw, self._response.headers, self._request)
         for data in chunks(completion, include_usage=True):
             self.assembler.add(data)
+        shown, _ = shown_of(completion, raw, hide=self._hide)
+        for data in chunks(shown, include_usage=True):
             self._ready.append(Chunk(data, _written(data), usage_only=not data["choices"]))
         self._ended = self._complete = True
 
@@ -218,6 +230,14 @@ def completion_of(raw: bytes, headers: Headers, request: Json) -> tuple[Json, by
         body["usage"] = None
         mended = True
     return body, _written(body) if mended else raw
+
+
+def shown_of(completion: Json, raw: bytes, *, hide: bool) -> tuple[Json, bytes]:
+    """Return what the client gets of a completion, and its bytes: with `hide` without log-probabilities."""
+    if not hide:
+        return completion, raw
+    shown = {**completion, "choices": without_logprobs(completion["choices"])}
+    return shown, _written(shown)
 
 
 def _read(event: bytes) -> Json:
