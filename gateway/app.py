@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -38,12 +39,16 @@ from gateway.passthrough import Passthrough
 from gateway.pipeline import Pipeline
 from gateway.tasks import Tasks
 from serving.disk import Disk
+from serving.errors import ConfigError
 from serving.layout import task_names
 from serving.log import EventLog
 from serving.pricing import PriceList
 from serving.settings import Settings
 from serving.teacher import Teacher
 from serving.upstream import Upstream
+
+if TYPE_CHECKING:
+    from gateway.tracing import Tracing
 
 log = logging.getLogger("understudy.app")
 
@@ -57,6 +62,7 @@ class Parts:
     chat: ChatEndpoint
     passthrough: Passthrough
     access_log: AccessLog
+    tracing: Tracing | None
     metrics: Metrics
     tasks: Tasks
     live: LiveReleases
@@ -86,9 +92,16 @@ class Gateway:
         if scope["type"] != "http":
             await self._rest(scope, receive, send)
         elif scope["path"].startswith("/v1/") and self._parts is not None:
-            await self._serve(self._parts, Client(scope, receive, send))
+            await self._observed(self._parts, Client(scope, receive, send))
         else:
             await self._rest(scope, receive, _with_request_id(scope, send))
+
+    async def _observed(self, parts: Parts, client: Client) -> None:
+        if parts.tracing is None:
+            await self._serve(parts, client)
+        else:
+            with parts.tracing.request(client):
+                await self._serve(parts, client)
 
     @staticmethod
     async def _serve(parts: Parts, client: Client) -> None:
@@ -155,7 +168,11 @@ class Gateway:
         prices = PriceList(settings.teacher.price, base_url=settings.teacher.base_url)
         upstream = Upstream(settings.teacher.base_url, timeout_s=settings.teacher.timeout_s)
         stack.push_async_callback(upstream.aclose)
-        teacher = Teacher(settings.teacher, upstream, key, prices)
+        make_tracing, make_teacher = tracing_of(settings)
+        tracing = None if make_tracing is None else make_tracing(settings.teacher.base_url)
+        if tracing is not None:
+            stack.push_async_callback(tracing.aclose)
+        teacher = make_teacher(settings.teacher, upstream, key, prices)
         tasks = Tasks(settings, lambda: task_names(state_dir))
         live = LiveReleases(state_dir, tasks, metrics)
         stack.push_async_callback(live.aclose)
@@ -205,10 +222,31 @@ class Gateway:
             chat=ChatEndpoint(pipeline, gate, metrics, max_body_bytes=limit),
             passthrough=Passthrough(teacher, gate, metrics),
             access_log=AccessLog(sample=settings.observe.access_log_sample),
+            tracing=tracing,
             metrics=metrics,
             tasks=tasks,
             live=live,
         )
+
+
+def tracing_of(settings: Settings) -> tuple[type[Tracing] | None, type[Teacher]]:
+    """Return what traces requests, and a teacher whose questions are traced; None and the plain one if off.
+
+    Raises ConfigError when traces are wanted and OpenTelemetry isn't installed.
+    """
+    if not settings.observe.traced():
+        return None, Teacher
+    try:
+        # Only now: it is an extra, and takes a third of a second.
+        from gateway.tracing import TracedTeacher, Tracing
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "opentelemetry":
+            raise
+        raise ConfigError(
+            "traces are wanted (observe.otel, or OTEL_EXPORTER_OTLP_ENDPOINT) and OpenTelemetry isn't installed: "
+            "pip install 'understudy[otel]', or set observe.otel = false"
+        ) from None
+    return Tracing, TracedTeacher
 
 
 async def _guarded(name: str, work: Coroutine[None, None, None]) -> None:

@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from gateway import names
-from gateway.app import Gateway, create_app
+from gateway.app import Gateway, create_app, tracing_of
 from gateway.client import request_id_of
 from gateway.envelope import refuse
 from gateway.log_format import configure_logging
@@ -41,9 +41,12 @@ machine before it has imported what it needs, and the next one, and the next."""
 def serve(settings: Settings, *, config_path: Path | None = None) -> None:
     """Run the gateway until it is told to stop (SIGTERM, SIGINT): requests under way are finished first.
 
-    Raises ConfigError when the address, the state directory or the teacher's key can't be used.
+    Raises ConfigError when the address, the state directory or the teacher's key can't be used, or when traces
+    are wanted and can't be made.
     """
-    settings.teacher_key()  # a worker that can't start would be started again and again
+    # A worker that can't start would be started again and again.
+    settings.teacher_key()
+    tracing_of(settings)
     with ExitStack() as stack:
         listening = stack.enter_context(_bind(settings.server.host, settings.server.port))
         _check_state_dir(settings.state_dir)

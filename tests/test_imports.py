@@ -24,6 +24,7 @@ PLANTED = {
     "fitting": ("distillation/due.py", "sklearn"),
     "ready": ("gateway/names.py", "routers.logistic"),
     "client-library": ("serving/layout.py", "openai"),
+    "traces": ("gateway/names.py", "opentelemetry"),
     "heavy": ("serving/sse.py", "torch"),
 }
 """For each contract of pyproject.toml an import that breaks it and no other."""
@@ -74,7 +75,10 @@ def test_every_contract_can_break(broken: str) -> None:
     ("module", "unwanted"),
     [
         ("understudy", (*PACKAGES[:2], *PACKAGES[3:], "numpy", "fastapi", "aiohttp")),
-        ("gateway.server", ("distillation", "loadtest", "sklearn", "scipy", "openai", "torch")),
+        (
+            "gateway.server",
+            ("distillation", "loadtest", "sklearn", "scipy", "openai", "torch", "opentelemetry.sdk"),
+        ),
         ("serving.stand_in", ("gateway", "distillation", "loadtest", "aiohttp", "sklearn", "fastapi")),
         ("distillation.learning", ("gateway", "loadtest", "sklearn", "aiohttp", "fastapi")),
     ],
