@@ -38,6 +38,7 @@ from gateway.metrics import Metrics
 from gateway.passthrough import Passthrough
 from gateway.pipeline import Pipeline
 from gateway.tasks import Tasks
+from serving.breaker import State
 from serving.disk import Disk
 from serving.errors import ConfigError
 from serving.layout import task_names
@@ -166,13 +167,26 @@ class Gateway:
         key = settings.teacher_key()
         metrics = Metrics()
         prices = PriceList(settings.teacher.price, base_url=settings.teacher.base_url)
-        upstream = Upstream(settings.teacher.base_url, timeout_s=settings.teacher.timeout_s)
+        upstream = Upstream(
+            settings.teacher.base_url,
+            timeout_s=settings.teacher.timeout_s,
+            max_connections=settings.teacher.max_concurrency,
+        )
         stack.push_async_callback(upstream.aclose)
         make_tracing, make_teacher = tracing_of(settings)
         tracing = None if make_tracing is None else make_tracing(settings.teacher.base_url)
         if tracing is not None:
             stack.push_async_callback(tracing.aclose)
-        teacher = make_teacher(settings.teacher, upstream, key, prices)
+        for requests in ("chat", "other"):
+            metrics.record_breaker(requests, State.CLOSED)
+        teacher = make_teacher(
+            settings.teacher,
+            upstream,
+            key,
+            prices,
+            on_breaker=metrics.record_breaker,
+            on_retry=metrics.record_retry,
+        )
         tasks = Tasks(settings, lambda: task_names(state_dir))
         live = LiveReleases(state_dir, tasks, metrics)
         stack.push_async_callback(live.aclose)

@@ -17,8 +17,10 @@ from serving.errors import (
     UpstreamError,
     UpstreamRefused,
     UpstreamTimeout,
+    UpstreamUnavailable,
 )
 from serving.exchange import Json
+from serving.slots import UpstreamBusy
 
 FORWARDED_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry")
 """What a refusal of the teacher tells the client beside its body: when and whether to try again."""
@@ -39,11 +41,23 @@ class Refusal:
 
 
 def refuse(
-    status: int, message: str, *, kind: str, param: str | None = None, code: str | None = None
+    status: int,
+    message: str,
+    *,
+    kind: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: list[tuple[str, str]] | None = None,
 ) -> Refusal:
     """Make a refusal of our own."""
     detail = {"message": message, "type": kind, "param": param, "code": code}
-    return Refusal(status, orjson.dumps({"error": detail}))
+    return Refusal(status, orjson.dumps({"error": detail}), headers or [])
+
+
+def overloaded(message: str) -> Refusal:
+    """Refuse what there is no room for now: a client does well to try again in a moment."""
+    again = [("retry-after", "1"), ("x-should-retry", "true")]
+    return refuse(429, message, kind="rate_limit_error", code="overloaded", headers=again)
 
 
 def refusal_of(error: Exception) -> Refusal:
@@ -52,6 +66,11 @@ def refusal_of(error: Exception) -> Refusal:
         return refuse(error.status, error.message, kind=error.kind, param=error.param, code=error.code)
     if isinstance(error, UpstreamRefused):
         return _forwarded(error)
+    if isinstance(error, UpstreamUnavailable):
+        again = [("retry-after", str(error.retry_after_s))]
+        return refuse(503, str(error), kind="upstream_error", code="teacher_unavailable", headers=again)
+    if isinstance(error, UpstreamBusy):
+        return overloaded(str(error))
     if isinstance(error, UpstreamTimeout):
         return refuse(
             504, str(error) or "the teacher gave no answer in time", kind="timeout_error", code="timeout"

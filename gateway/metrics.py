@@ -86,6 +86,16 @@ class Metrics:
         self._upstream_errors = self._counter(
             names.METRIC_UPSTREAM_ERRORS, "Requests that an upstream failed on.", ("upstream", "kind")
         )
+        self._breaker = Gauge(
+            names.METRIC_BREAKER,
+            "Whether the teacher is left alone: 0 no, 1 being tried again, 2 yes (the worst of the workers).",
+            ("requests",),
+            registry=self._registry,
+            multiprocess_mode="livemax",
+        )
+        self._retries = self._counter(
+            names.METRIC_RETRIES, "Retries at the teacher, by how they ended.", ("outcome",)
+        )
         self._release = self._gauge(
             names.METRIC_RELEASE, "1 for the release that is live.", ("task", "release")
         )
@@ -197,8 +207,16 @@ class Metrics:
         self._late.labels(task).inc()
 
     def record_upstream_error(self, upstream: str, kind: str) -> None:
-        """Count a failure of an upstream (`teacher`, `student`), by kind (`status`, `timeout`, `broken`)."""
+        """Count a failure of an upstream (`teacher`, `student`), by the kind of `UpstreamError`."""
         self._upstream_errors.labels(upstream, kind).inc()
+
+    def record_breaker(self, requests: str, state: int) -> None:
+        """Note the state of the teacher's breaker for requests of a kind (`chat`, `other`)."""
+        self._breaker.labels(requests).set(state)
+
+    def record_retry(self, outcome: str) -> None:
+        """Count a retry at the teacher, by how it ended."""
+        self._retries.labels(outcome).inc()
 
     def record_cache(self, task: str, outcome: CacheOutcome) -> None:
         """Count one request by what the cache had for it; `joined`: the answer of one under way was shared."""

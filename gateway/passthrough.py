@@ -14,6 +14,7 @@ from gateway.client import Client, ClientGone
 from gateway.envelope import FORWARDED_HEADERS, Refusal, enveloped, refusal_of
 from gateway.metrics import NOWHERE, Metrics
 from serving.errors import UnderstudyError, UpstreamError
+from serving.slots import UpstreamBusy
 from serving.teacher import Teacher
 from serving.upstream import UpstreamResponse
 
@@ -42,7 +43,7 @@ class Passthrough:
         except UnderstudyError as error:
             if client.gone:
                 return
-            if isinstance(error, UpstreamError):
+            if isinstance(error, UpstreamError) and not isinstance(error, UpstreamBusy):
                 self._metrics.record_upstream_error("teacher", error.kind)
             refusal = refusal_of(error)
             code = refusal.status

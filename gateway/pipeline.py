@@ -29,6 +29,7 @@ from routers.coin import audit_rate
 from serving.chat import SSE_DONE, ChatRequest, chunks, completion, sse
 from serving.errors import RequestError, UnderstudyError, UpstreamError, UpstreamRefused
 from serving.exchange import Json, StudentAnswer
+from serving.slots import UpstreamBusy
 from serving.teacher import StreamFailed, Teacher, TeacherStream
 
 log = logging.getLogger("understudy.pipeline")
@@ -322,6 +323,8 @@ class Pipeline:
             self._audits.start(turn.exchange(), turn.arrival.caller)
 
     def _refuse(self, turn: Turn, error: UnderstudyError) -> Reply:
+        if isinstance(error, UpstreamBusy):
+            turn.reason = names.REASON_OVERLOADED
         refusal = refusal_of(error)
         self._ledger.close_books(turn, refusal.status)
         return refused(refusal, turn.headers())
@@ -333,8 +336,10 @@ class Pipeline:
             turn.task = self._tasks.confirm(turn.newcomer)
 
     def _note_failure(self, turn: Turn, error: UpstreamError) -> None:
-        self._metrics.record_upstream_error(_TEACHER, error.kind)
         turn.failure = str(error)
+        if isinstance(error, UpstreamBusy):
+            return  # our own doing
+        self._metrics.record_upstream_error(_TEACHER, error.kind)
         if isinstance(error, UpstreamRefused) and error.status in (401, 403):
             self._gate.teacher_refused(turn.arrival.caller)
 

@@ -151,13 +151,23 @@ class TracedTeacher(Teacher):
     """The teacher, with a span for each question. What no request asks for (a left-over audit) has none."""
 
     async def complete(
-        self, request: Json, *, authorization: str | None, request_id: str, headers: Headers = ()
+        self,
+        request: Json,
+        *,
+        authorization: str | None,
+        request_id: str,
+        headers: Headers = (),
+        background: bool = False,
     ) -> TeacherReply:
         """As `Teacher.complete`."""
         asked = _current.get()
         if asked is None:
             return await super().complete(
-                request, authorization=authorization, request_id=request_id, headers=headers
+                request,
+                authorization=authorization,
+                request_id=request_id,
+                headers=headers,
+                background=background,
             )
         with _asking(asked, f"chat {request['model']}", _of_request(request, stream=False)) as span:
             reply = await super().complete(
@@ -165,6 +175,7 @@ class TracedTeacher(Teacher):
                 authorization=authorization,
                 request_id=request_id,
                 headers=_with_trace(headers, span),
+                background=background,
             )
             span.set_attributes(_of_answer(reply.answer, reply.body.get("id")))
         return reply

@@ -12,6 +12,8 @@ UnderstudyError
 └── UpstreamError          the teacher answered with an error, or not at all
     ├── UpstreamRefused    a status of 400 or more, with the upstream's own body
     ├── UpstreamTimeout    no answer within the deadline
+    ├── UpstreamUnavailable  not asked: it has failed too often just now
+    ├── UpstreamBusy       not asked: too many requests wait for it already (serving/slots.py)
     └── UpstreamBroken     no connection, or one that ended in the middle of an answer
         ├── NothingSent      no connection: the upstream saw nothing (serving/upstream.py)
         ├── StaleConnection  a kept connection had ended (serving/upstream.py)
@@ -74,7 +76,10 @@ class RequestError(UnderstudyError):
 
 
 class UpstreamError(UnderstudyError):
-    """The teacher gave no usable answer. `kind` is a metric label: `status`, `timeout` or `broken`."""
+    """The teacher gave no usable answer.
+
+    `kind` is a metric label: `status`, `timeout`, `broken`, `unavailable` or `busy`.
+    """
 
     kind = "broken"
 
@@ -98,6 +103,16 @@ class UpstreamTimeout(UpstreamError):
     """No answer within the deadline."""
 
     kind = "timeout"
+
+
+class UpstreamUnavailable(UpstreamError):
+    """The upstream wasn't asked: it has failed too often just now. `retry_after_s`: when to try again."""
+
+    kind = "unavailable"
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class UpstreamBroken(UpstreamError):

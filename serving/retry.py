@@ -10,6 +10,8 @@ from serving.errors import UpstreamBroken, UpstreamError, UpstreamRefused
 
 _BASE_S = 0.5
 _CAP_S = 8.0
+_LONGEST_TOLD_S = 60.0
+"""A client that is told to come back later than that is better told so at once; OpenAI's own stop there too."""
 _WORTH_REPEATING = frozenset({408, 409, 429})
 
 
@@ -18,7 +20,7 @@ def delay_before_retry(error: UpstreamError, failed_before: int) -> float | None
 
     A refused request is repeated as its headers say: `x-should-retry` overrides the status; `retry-after-ms`
     and `retry-after` (seconds or an HTTP date, RFC 9110 §10.2.3) override the backoff, which is a random
-    time up to 0.5 s, doubled with each failure, at most 8 s.
+    time up to 0.5 s, doubled with each failure, at most 8 s. A wait of more than 60 s is left to the client.
     """
     if isinstance(error, UpstreamRefused):
         wanted = error.headers.get("x-should-retry")
@@ -28,7 +30,7 @@ def delay_before_retry(error: UpstreamError, failed_before: int) -> float | None
             return None
         told = _told(error.headers.get("retry-after-ms"), error.headers.get("retry-after"))
         if told is not None:
-            return told
+            return told if told <= _LONGEST_TOLD_S else None
     elif not isinstance(error, UpstreamBroken):
         return None
     return random.uniform(0.0, min(_CAP_S, _BASE_S * 2**failed_before))

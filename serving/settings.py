@@ -102,8 +102,15 @@ class TeacherSettings(Section):
     )
     trainable: bool = Field(False, description="whether the provider's terms let you train on its answers")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one request, retries included")
+    stall_timeout_s: float = Field(
+        120.0, gt=0, description="the longest silence of a stream whose answer has begun"
+    )
     max_retries: int = Field(2, ge=0, le=10)
     logprobs: bool = Field(False, description="ask for log-probabilities, which only the log gets to see")
+    breaker: bool = Field(True, description="whether a teacher that fails most of the time is left alone")
+    max_concurrency: int = Field(
+        1000, ge=1, description="requests at the teacher at once, in each worker; more wait for 5 s, then 429"
+    )
     price: Price | None = Field(None, description="overrides the price list of genai-prices")
 
 

@@ -4,27 +4,30 @@ A failed attempt is repeated while the client has seen nothing of its answer: wh
 it ended early, and for the statuses 408, 409, 429 and 5xx, with exponential backoff and full jitter
 (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). Like OpenAI's own clients it
 follows `retry-after-ms`, `retry-after` and `x-should-retry`. A repeated chat completion may be billed twice,
-never answered twice.
+never answered twice. Retries have a budget (serving/retry_budget.py), a teacher that fails most of the time
+is left alone for a moment (serving/breaker.py), and only so many requests are there at once (serving/slots.py).
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import orjson
 from pydantic import SecretStr
 
-from serving.errors import ConfigError, UpstreamError, UpstreamRefused, UpstreamTimeout
+from serving.asking import Asking, could_not_be_reached, failed_to_answer
+from serving.breaker import Breaker, State
+from serving.errors import ConfigError, UpstreamError, UpstreamRefused
 from serving.exchange import Json, TeacherAnswer
 from serving.logprobs import LogprobsForTheLog, may_be_about_logprobs
 from serving.pricing import PriceList
-from serving.retry import delay_before_retry
 from serving.settings import TeacherSettings
+from serving.slots import Slots
 from serving.teacher_stream import Chunk, StreamFailed, TeacherStream, completion_of, shown_of
 from serving.upstream import Headers, NothingSent, StaleConnection, Upstream, UpstreamResponse
 from serving.wire import forwardable_request, forwardable_response, upstream_path
@@ -34,7 +37,6 @@ __all__ = ["Chunk", "StreamFailed", "Teacher", "TeacherReply", "TeacherStream"]
 _T = TypeVar("_T")
 
 _CHAT = "/chat/completions"
-_STALE_AT_MOST = 5
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 _CHAT_HEADERS = frozenset(
     {"openai-organization", "openai-project", "openai-beta", "user-agent", "traceparent", "tracestate"}
@@ -57,31 +59,63 @@ class TeacherReply:
 
 
 class Teacher:
-    """Asks the teacher. Holds the connections of `upstream`, which it doesn't close.
+    """Asks the teacher, through the connections of `upstream`, which it doesn't close.
 
     `key` is the gateway's own key for the teacher; without it the client's `authorization` is passed on.
+    `slots` bound the requests under way (absent: `max_concurrency` and as many waiting). `on_breaker` hears
+    the state of the breaker of `chat` and of `other` requests, `on_retry` how retries end (see `Asking`).
     Raises ConfigError for a key that can't stand in a header.
     """
 
     def __init__(
-        self, settings: TeacherSettings, upstream: Upstream, key: SecretStr | None, prices: PriceList
+        self,
+        settings: TeacherSettings,
+        upstream: Upstream,
+        key: SecretStr | None,
+        prices: PriceList,
+        *,
+        slots: Slots | None = None,
+        on_breaker: Callable[[str, State], None] | None = None,
+        on_retry: Callable[[str], None] | None = None,
     ) -> None:
         self._settings = settings
         self._upstream = upstream
         self._prices = prices
         self._logprobs = LogprobsForTheLog(wanted=settings.logprobs)
         self._authorization = None if key is None else SecretStr(f"Bearer {_checked(key)}")
+        self._slots = slots or Slots(settings.max_concurrency, waiting=settings.max_concurrency)
+
+        def asking(what: str, is_fault: Callable[[UpstreamError], bool]) -> Asking:
+            heard = None if on_breaker is None else partial(on_breaker, what)
+            return Asking(
+                upstream.place,
+                timeout_s=settings.timeout_s,
+                max_retries=settings.max_retries,
+                breaker=Breaker(on_change=heard) if settings.breaker else None,
+                is_fault=is_fault,
+                on_retry=on_retry,
+            )
+
+        self._chat = asking("chat", failed_to_answer)
+        self._other = asking("other", could_not_be_reached)
 
     async def complete(
-        self, request: Json, *, authorization: str | None, request_id: str, headers: Headers = ()
+        self,
+        request: Json,
+        *,
+        authorization: str | None,
+        request_id: str,
+        headers: Headers = (),
+        background: bool = False,
     ) -> TeacherReply:
         """Ask for a whole answer; `stream` and `stream_options` are left out of the request.
 
         `authorization` is the client's header value, `headers` the client's headers (lower-case names), of
-        which an allow-list goes along. The deadline `timeout_s` spans all attempts.
+        which an allow-list goes along. The deadline `timeout_s` spans all attempts. `background`: nobody
+        waits for it, so it lets everybody else go first, and there is one attempt.
 
-        Raises UpstreamRefused (the upstream's own status, headers and body), UpstreamTimeout or
-        UpstreamBroken.
+        Raises UpstreamRefused (the upstream's own status, headers and body), UpstreamTimeout, UpstreamBroken,
+        or, without having asked, UpstreamUnavailable or UpstreamBusy.
         """
         began = time.perf_counter()
         sent = self._chat_headers(authorization, request_id, headers)
@@ -94,7 +128,10 @@ class Teacher:
             completion, raw = completion_of(raw, response.headers, request)
             return completion, *shown_of(completion, raw, hide=hide), response.headers
 
-        completion, shown, raw, received = await self._asked(request, attempt, stream=False)
+        async with self._slots.taken(background=background):
+            completion, shown, raw, received = await self._asked(
+                request, attempt, stream=False, retries=not background
+            )
         answer = self._answer(
             model=completion.get("model") or request["model"],
             choices=completion["choices"],
@@ -113,8 +150,8 @@ class Teacher:
         """Ask for a stream; the context is entered when the answer begins, so that errors keep their status.
 
         Usage is always asked for: a client that didn't must not be shown it (see `Chunk`). The deadline
-        `timeout_s` holds until the answer begins, then for every silence between chunks. Leaving the context
-        early closes the connection.
+        `timeout_s` holds until the answer begins, then `stall_timeout_s` for every silence between chunks.
+        Leaving the context early closes the connection.
 
         Raises as `complete` does, on entering and while iterating.
         """
@@ -126,7 +163,14 @@ class Teacher:
             try:
                 if not 200 <= response.status < 300:
                     raise _refused(response, await response.read())
-                stream = TeacherStream(response, request, hide=hide, finish=finish)
+                stream = TeacherStream(
+                    response,
+                    request,
+                    hide=hide,
+                    stall_s=self._settings.stall_timeout_s,
+                    finish=finish,
+                    failed=self._chat.broke_off,
+                )
                 await stream.begin()
             except BaseException:
                 await response.aclose()
@@ -145,11 +189,12 @@ class Teacher:
                 latency_s=time.perf_counter() - began,
             )
 
-        stream = await self._asked(request, attempt, stream=True)
-        try:
-            yield stream
-        finally:
-            await stream.aclose()
+        async with self._slots.taken():
+            stream = await self._asked(request, attempt, stream=True)
+            try:
+                yield stream
+            finally:
+                await stream.aclose()
 
     async def forward(
         self,
@@ -168,7 +213,7 @@ class Teacher:
         had ended: of a POST nobody can tell then whether it was done (nginx and Go's client don't repeat it
         either). The client gets 502, which OpenAI's own clients repeat.
 
-        Raises RequestError for a target outside /v1, UpstreamTimeout or UpstreamBroken.
+        Raises RequestError for a target outside /v1, otherwise as `complete` does.
         """
         path = upstream_path(target)
         sent = [*forwardable_request(headers), *self._credentials(authorization)]
@@ -183,12 +228,23 @@ class Teacher:
         async def attempt() -> UpstreamResponse:
             return await self._upstream.request(method, path, headers=sent, body=body)
 
-        response = await self._until_answered(attempt, repeatable=repeatable)
+        await self._slots.take()
+        try:
+            response = await self._other.until_answered(attempt, repeatable=repeatable)
+        except BaseException:
+            self._slots.give_back()
+            raise
+        response.on_close = self._slots.give_back
         response.headers = forwardable_response(response.headers, whole=True)
         return response
 
     async def _asked(
-        self, request: Json, attempt: Callable[[bytes, bool], Awaitable[_T]], *, stream: bool
+        self,
+        request: Json,
+        attempt: Callable[[bytes, bool], Awaitable[_T]],
+        *,
+        stream: bool,
+        retries: bool = True,
     ) -> _T:
         """Ask for a chat completion, with log-probabilities where the log wants them and the model has them.
 
@@ -197,7 +253,9 @@ class Teacher:
 
         async def ask(hide: bool) -> _T:
             body = self._body(request, stream=stream, logprobs=hide)
-            return await self._until_answered(lambda: attempt(body, hide), repeatable=_always)
+            return await self._chat.until_answered(
+                lambda: attempt(body, hide), repeatable=_always, retries=retries
+            )
 
         model = self._settings.model or request["model"]
         wanted = self._logprobs.to_be_asked(request, model)
@@ -211,33 +269,6 @@ class Teacher:
         if wanted:
             self._logprobs.not_from(model)
         return answer
-
-    async def _until_answered(
-        self, attempt: Callable[[], Awaitable[_T]], *, repeatable: Callable[[UpstreamError], bool]
-    ) -> _T:
-        """Repeat `attempt` within the deadline until it gives something or an error not worth repeating."""
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self._settings.timeout_s
-        failed = stale = 0
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    return await attempt()
-            except UpstreamError as error:
-                if not repeatable(error):
-                    raise
-                if isinstance(error, StaleConnection) and stale < _STALE_AT_MOST:
-                    # Not the teacher's failure: at once, and not counted. The pool may hold several of them.
-                    stale += 1
-                    continue
-                delay = delay_before_retry(error, failed)
-                if delay is None or failed >= self._settings.max_retries or clock() + delay >= deadline:
-                    raise
-            except TimeoutError:
-                place, waited = self._upstream.place, self._settings.timeout_s
-                raise UpstreamTimeout(f"the teacher at {place} didn't answer within {waited:g} s") from None
-            failed += 1
-            await asyncio.sleep(delay)
 
     def _body(self, request: Json, *, stream: bool, logprobs: bool) -> bytes:
         body = dict(request)

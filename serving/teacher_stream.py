@@ -12,13 +12,13 @@ import orjson
 
 from serving.assembler import Assembler
 from serving.chat import chunks, token_limit, wants_continuous_usage
-from serving.errors import UpstreamBroken
+from serving.errors import UpstreamBroken, UpstreamError, UpstreamTimeout
 from serving.exchange import Json, TeacherAnswer
 from serving.failed_answer import error_in, failure_of
 from serving.logprobs import hide_logprobs, without_logprobs
 from serving.mending import Mender, mend_completion
 from serving.sse import EventParser
-from serving.upstream import Headers, UpstreamResponse
+from serving.upstream import MOST_ANSWER_BYTES, Headers, UpstreamResponse
 from serving.wire import forwardable_response
 
 _DONE = b"[DONE]"
@@ -53,9 +53,10 @@ class TeacherStream:
     """Gives the chunks of the answer to `request`, then the answer whole. Made by `Teacher.stream`.
 
     Iterating raises UpstreamBroken when the stream ends without `[DONE]` or a finish reason for every choice,
-    StreamFailed when the teacher reports an error, UpstreamTimeout when it falls silent. After `[DONE]` a
-    choice without a finish reason is given one: its sender called the answer whole. With `hide` the chunks
-    lack the log-probabilities that the answer has.
+    StreamFailed when the teacher reports an error, UpstreamTimeout when it falls silent: for `stall_s`
+    seconds once the answer has begun; before that, it may be thinking. `failed` is called then. After
+    `[DONE]` a choice without a finish reason is given one: its sender called the answer whole. With `hide`
+    the chunks lack the log-probabilities that the answer has.
     """
 
     def __init__(
@@ -64,14 +65,20 @@ class TeacherStream:
         request: Json,
         *,
         hide: bool,
+        stall_s: float,
         finish: Callable[[TeacherStream], TeacherAnswer],
+        failed: Callable[[], None],
     ) -> None:
         self.assembler = Assembler()
         self.headers: list[tuple[str, str]] = forwardable_response(response.headers, whole=False)
         self._response = response
         self._request = request
         self._hide = hide
+        self._stall_s = stall_s
         self._finish = finish
+        self._failed = failed
+        self._begun = False
+        self._bytes = 0
         self._keeps_usage = wants_continuous_usage(request)
         self._parser = EventParser()
         self._mender = Mender(model=request["model"])
@@ -108,6 +115,7 @@ class TeacherStream:
             raise failure_of(failure.body, self._response.headers) from None
         for event, data in held:
             self._take(event, data)
+        self._begun = True
 
     def __aiter__(self) -> Self:
         return self
@@ -116,11 +124,15 @@ class TeacherStream:
         while not self._ready:
             if self._complete:
                 raise StopAsyncIteration
-            event = await self._next_event()
-            if event is None:
-                self._end()
-            else:
-                self._take(event, _read(event))
+            try:
+                event = await self._next_event()
+                if event is None:
+                    self._end()
+                else:
+                    self._take(event, _read(event))
+            except UpstreamError:
+                self._failed()
+                raise
         return self._ready.popleft()
 
     def answer(self) -> TeacherAnswer:
@@ -152,7 +164,7 @@ class TeacherStream:
         while not self._events:
             if self._ended:
                 return None
-            piece = await self._response.read_chunk()
+            piece = await self._read()
             if piece is None:
                 self._ended = True
                 self._events.extend(self._parser.end())
@@ -163,6 +175,19 @@ class TeacherStream:
             self._done = True
             return None
         return event
+
+    async def _read(self) -> bytes | None:
+        try:
+            async with asyncio.timeout(self._stall_s if self._begun else None):
+                piece = await self._response.read_chunk()
+        except TimeoutError:
+            raise UpstreamTimeout(
+                f"the teacher's stream fell silent for {self._stall_s:g} s in the middle of its answer"
+            ) from None
+        self._bytes += len(piece or b"")
+        if self._bytes > MOST_ANSWER_BYTES:
+            raise UpstreamBroken(f"the teacher's stream is longer than {MOST_ANSWER_BYTES} bytes")
+        return piece
 
     def _take(self, event: bytes, data: Json) -> None:
         """Take in one chunk of the teacher's, and make of it what goes on."""

@@ -19,7 +19,7 @@ import ipaddress
 import os
 import ssl
 import urllib.request
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace, TracebackType
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
@@ -37,6 +37,8 @@ _CONNECT_S = 10.0
 _KEEP_ALIVE_S = 60.0
 _LONGEST_HEADER = 64 * 1024
 _AT_ONCE = 1024 * 1024
+MOST_ANSWER_BYTES = 64 * 1024 * 1024
+"""An answer that is read whole may be this long: no model writes so much, a broken upstream may."""
 
 
 class NothingSent(UpstreamBroken):
@@ -52,22 +54,30 @@ class UpstreamResponse:
 
     `headers` have lower-case names and keep repeated ones. An async context manager; leaving it (or
     `aclose`) gives the connection back when the body has come to its end, and closes it otherwise, which is
-    how the upstream learns that nobody is listening any more.
+    how the upstream learns that nobody is listening any more. `on_close` is called then, once.
     """
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
+        self.on_close: Callable[[], None] | None = None
         self.status: int = response.status
         self.headers: list[tuple[str, str]] = [
             (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.raw_headers
         ]
 
     async def read(self) -> bytes:
-        """Read the rest of the body. Raises UpstreamBroken if it ends early, UpstreamTimeout if it stalls."""
-        try:
-            return await self._response.content.read()
-        except (aiohttp.ClientError, OSError) as error:
-            raise _translated(error, "in the middle of its answer") from None
+        """Read the rest of the body.
+
+        Raises UpstreamBroken if it ends early or is longer than any answer, UpstreamTimeout if it stalls.
+        """
+        pieces = []
+        size = 0
+        while (piece := await self.read_chunk()) is not None:
+            pieces.append(piece)
+            size += len(piece)
+            if size > MOST_ANSWER_BYTES:
+                raise UpstreamBroken(f"the teacher's answer is longer than {MOST_ANSWER_BYTES} bytes")
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def read_chunk(self) -> bytes | None:
         """Read what has come in, or None at the end of the body. Raises as `read` does."""
@@ -84,6 +94,9 @@ class UpstreamResponse:
     async def aclose(self) -> None:
         """Give the connection back, or close it. May be called again."""
         self._response.close()
+        told, self.on_close = self.on_close, None
+        if told is not None:
+            told()
 
     async def __aenter__(self) -> Self:
         return self

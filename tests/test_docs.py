@@ -156,6 +156,8 @@ def exposed() -> Iterator[tuple[str, set[str]]]:
     metrics.record_cache_age(0.1)
     metrics.record_cache_bytes(1)
     metrics.record_cache_put("stored")
+    metrics.record_breaker("chat", 2)
+    metrics.record_retry("answered")
     metrics.record_live("t", "r0001", None, 0.5)
     for family in text_string_to_metric_families(metrics.exposition().decode()):
         name = family.name + ("_total" if family.type == "counter" else "")
