@@ -12,6 +12,7 @@ from typing import Literal
 
 from serving.canonical import canonical_bytes
 from serving.exchange import Json
+from serving.settings import TeacherSettings
 
 IGNORED_FIELDS = frozenset(
     {
@@ -31,6 +32,11 @@ KEY_HEADERS = frozenset({"openai-organization", "openai-project", "openai-beta"}
 """Headers that choose between accounts or behaviours of the teacher (lower-case names)."""
 
 _EVERYBODY = "*"
+
+
+def cache_scope(teacher: TeacherSettings) -> str:
+    """Return what all keys of a configuration have in common: gateways before another teacher share nothing."""
+    return hashlib.sha256(f"{teacher.base_url} {teacher.model}".encode()).hexdigest()[:8]
 
 
 def cache_key(

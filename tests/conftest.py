@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +57,92 @@ def require() -> Require:
         pytest.skip(f"{name} isn't installed")
 
     return check
+
+
+class RunningRedis:
+    """A redis-server process without persistence. `url` is its TCP port; `socket` its Unix socket."""
+
+    def __init__(self, directory: Path, *options: str, password: str | None = None) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port: int = free.getsockname()[1]
+        self.url = f"redis://{f':{password}@' if password else ''}127.0.0.1:{self.port}"
+        self.socket = directory / f"{self.port}.sock"
+        self._password = password
+        self._command = ["redis-server", "-", "--port", str(self.port), *options]
+        self._config = f"""
+bind 127.0.0.1
+unixsocket {self.socket}
+dir {directory}
+save ""
+{f"requirepass {password}" if password else ""}
+"""
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Start it (again, and empty), and wait until it answers."""
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        assert self._process.stdin is not None
+        with self._process.stdin as config:
+            config.write(self._config)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                self.command("PING")
+                return
+            except OSError:
+                assert self._process.poll() is None, f"{' '.join(self._command)} ended instead of starting"
+                assert time.monotonic() < deadline, "redis-server didn't start within 20 s"
+                time.sleep(0.01)
+
+    def command(self, *words: str | int | bytes) -> Any:
+        """Run a command over its Unix socket, as the test's own client; OSError if it isn't there."""
+        from redis import Redis, exceptions  # most tests need none, and it takes a third of a second
+
+        client = Redis(unix_socket_path=str(self.socket), password=self._password, socket_timeout=10)
+        try:
+            with contextlib.closing(client):
+                return client.execute_command(*words)  # type: ignore[no-untyped-call]
+        except exceptions.ConnectionError as error:
+            raise OSError(str(error)) from error
+
+    def stop(self) -> None:
+        """Let it hang, with its connections open (SIGSTOP)."""
+        self._signal(signal.SIGSTOP)
+
+    def cont(self) -> None:
+        """Let it go on (SIGCONT)."""
+        self._signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it without a word (SIGKILL)."""
+        if self._process is not None:
+            self._signal(signal.SIGKILL)
+            self._process.wait(timeout=20)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+
+@pytest.fixture(name="redis")
+def redis_server(require: Require) -> Iterator[Callable[..., RunningRedis]]:
+    """Start redis-servers with these command-line options, until the test ends."""
+    require("redis-server")
+    running: list[RunningRedis] = []
+    # A Unix socket's path has 107 characters at most; pytest's own folders are too deep.
+    with tempfile.TemporaryDirectory(prefix="redis-") as directory:
+
+        def start(*options: str, password: str | None = None) -> RunningRedis:
+            server = RunningRedis(Path(directory), *options, password=password)
+            server.start()
+            running.append(server)
+            return server
+
+        yield start
+        for server in running:
+            server.kill()
 
 
 @pytest.fixture
