@@ -87,7 +87,7 @@ def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison) -> Data
         traffic = dataset.traffic.setdefault(exchange.release, Traffic())
         traffic.exchanges += 1
         traffic.rates += exchange.audit_rate
-        traffic.accepted += exchange.route == "student"
+        traffic.accepted += exchange.by_student
         teacher = exchange.teacher
         if teacher is None and exchange.audit not in ("missing", "pending"):
             continue  # accepted and not audited: traffic without a label
@@ -126,7 +126,7 @@ def _unusable(exchange: Exchange) -> str | None:
         return f"unsupported: {feature}"
     if exchange.teacher is not None and not exchange.teacher.trainable:
         return "teacher not marked trainable"
-    if exchange.teacher is None and exchange.route == "teacher" and exchange.audit != "missing":
+    if exchange.teacher is None and not exchange.by_student and exchange.audit != "missing":
         return "teacher gave no answer"
     return None
 

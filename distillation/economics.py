@@ -56,7 +56,9 @@ def _summary(settings: Settings, reader: LogReader, task: str) -> TaskSummary:
     dataset = build_dataset(read.exchanges, comparison(policy.agreement))
     answers = dataset.answers
     prices = [
-        e.teacher.cost_usd for e in read.exchanges if e.teacher is not None and e.teacher.cost_usd is not None
+        e.teacher.cost_usd
+        for e in read.exchanges
+        if e.teacher is not None and e.teacher.cost_usd is not None and not (e.replayed and not e.by_student)
     ]
     try:
         live = ReleaseStore(settings.state_dir).live(task)
@@ -78,9 +80,12 @@ def _summary(settings: Settings, reader: LogReader, task: str) -> TaskSummary:
 
 
 def _cost(exchange: Exchange) -> float:
-    """What the exchange cost. An audit's answer came after the books of the request were closed: it comes on top."""
+    """What the exchange cost. An audit's answer came after the books of the request were closed: it comes on top.
+
+    A teacher's answer that was replayed was paid for by the request it was first given to.
+    """
     cost = exchange.cost_usd or 0.0
-    if exchange.route == "student" and exchange.teacher is not None:
+    if exchange.by_student and exchange.teacher is not None:
         cost += exchange.teacher.cost_usd or 0.0
     return cost
 

@@ -62,8 +62,7 @@ def _fields(client: Client, turn: Turn | None, status: int) -> dict[str, Value]:
 
 
 def _of_turn(turn: Turn) -> dict[str, Value]:
-    answer = turn.student if turn.route == "student" else turn.teacher
-    usage = (answer.usage if answer else None) or {}
+    usage = (turn.given.usage if turn.given else None) or {}
     fields: dict[str, Value] = {
         "task": turn.task,
         "route": turn.route,

@@ -28,6 +28,7 @@ from gateway.access_log import AccessLog
 from gateway.attempts import Attempts
 from gateway.audits import Audits
 from gateway.auth import Gate
+from gateway.cache import Cache
 from gateway.chat import ChatEndpoint
 from gateway.client import Client, request_id_of
 from gateway.envelope import internal_error, refuse
@@ -218,6 +219,8 @@ class Gateway:
             interval_s=settings.learning.interval_s,
             config_path=self._config_path,
         )
+        cache = Cache(settings.cache, metrics)
+        stack.push_async_callback(cache.aclose)
         pipeline = Pipeline(
             teacher=teacher,
             tasks=tasks,
@@ -226,8 +229,11 @@ class Gateway:
             ledger=ledger,
             audits=audits,
             attempts=Attempts(),
+            cache=cache,
+            cache_settings=settings.cache,
             metrics=metrics,
         )
+        stack.push_async_callback(pipeline.aclose)
         await live.refresh()
         for name, work in (("the watch for releases", live.run()), ("the keeper", keeper.run())):
             stack.push_async_callback(_cancel, asyncio.create_task(_guarded(name, work)))

@@ -125,7 +125,7 @@ class Audits:
         self._ledger.later(
             exchange.task, events.audited(exchange.id, teacher=answer, agreement=agreed, at=time.time())
         )
-        self._metrics.record_audit(exchange.task, agreed, answer.cost_usd if answer else None)
+        self._metrics.record_audit(exchange.task, agreed, answer.cost_usd if answer else None, exchange.route)
         release = self._live.get(exchange.task)
         if release is not None and release.name == exchange.release:
             release.accepted_audits += 1

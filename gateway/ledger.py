@@ -13,7 +13,7 @@ from gateway.metrics import Metrics
 from gateway.turn import Turn
 from serving import events
 from serving.estimate import unfinished_usage
-from serving.exchange import Json, StudentAnswer, TeacherAnswer
+from serving.exchange import Json, StudentAnswer
 from serving.log import EventLog
 from serving.pricing import PriceList
 
@@ -58,12 +58,13 @@ class Ledger:
         """
         turn.asking = False
         student = turn.student.cost_usd if turn.student else None
-        if turn.route == "student":
+        if turn.route == "cache":
+            turn.cost_usd = 0.0
+        elif turn.route == "student":
             turn.cost_usd = student
         elif turn.teacher is not None and turn.teacher.cost_usd is not None:
             turn.cost_usd = turn.teacher.cost_usd + (student or 0.0)
-        answer = self._given(turn)
-        self._metrics.record_tokens(turn.task, turn.route, answer.usage if answer else None)
+        self._metrics.record_tokens(turn.task, turn.route, turn.given.usage if turn.given else None)
         self._metrics.record_spending(turn.task, turn.route, turn.cost_usd, self._avoided(turn))
 
     def broken_off(self, turn: Turn) -> float | None:
@@ -87,11 +88,8 @@ class Ledger:
         """
         if not turn.storable:
             return
-        if turn.supersedes is not None:
-            self.later(turn.task, events.superseded(turn.supersedes, by=turn.id, at=time.time()))
         # The client may go away while the line is written: what was answered is logged all the same.
-        writing = self._spawn(self._answered(turn, events.answered(turn.exchange())))
-        done, _ = await asyncio.wait([writing], timeout=self._max_wait_s)
+        done, _ = await asyncio.wait([self._write(turn)], timeout=self._max_wait_s)
         if not done:
             self._metrics.record_late(turn.task)
             self._complain(
@@ -99,6 +97,17 @@ class Ledger:
                 turn.task,
                 self._max_wait_s,
             )
+
+    def note(self, turn: Turn) -> None:
+        """Log the exchange without waiting: the answer it replays is on disk already."""
+        if turn.storable:
+            self._write(turn)
+
+    def _write(self, turn: Turn) -> asyncio.Task[bool]:
+        if turn.supersedes is not None:
+            self.later(turn.task, events.superseded(turn.supersedes, by=turn.id, at=time.time()))
+        turn.logged = True
+        return self._spawn(self._answered(turn, events.answered(turn.exchange())))
 
     async def _answered(self, turn: Turn, event: Json) -> bool:
         turn.logged = await self.append(turn.task, event)
@@ -109,6 +118,9 @@ class Ledger:
 
     def cancelled(self, turn: Turn) -> None:
         """Note that the client went away. The answer counts for nothing unless all of it had come."""
+        turn.left = True
+        if turn.shared:
+            return  # others wait for the answer: when it is there, this is called again
         usd = self.broken_off(turn)
         if turn.storable:
             event = events.cancelled(turn.id, teacher=turn.teacher, at=time.time(), estimated_usd=usd)
@@ -145,7 +157,9 @@ class Ledger:
             self._metrics.record_confidence(turn.task, turn.decision.confidence)
 
     def would_have_cost(self, turn: Turn) -> float | None:
-        """Return what the teacher would have cost for the student's answer, in USD."""
+        """Return what the teacher would have cost for the answer given, in USD."""
+        if turn.teacher is not None:
+            return turn.teacher.cost_usd
         if turn.student is None:
             return None
         usd, _ = self._prices.cost(self._teacher_model or turn.chat.model, turn.student.usage)
@@ -157,14 +171,10 @@ class Ledger:
             await asyncio.wait(self._background)
 
     def _avoided(self, turn: Turn) -> float | None:
-        if turn.route != "student":
+        if turn.route == "teacher":
             return None
         usd = self.would_have_cost(turn)
         return None if usd is None else usd - (turn.cost_usd or 0.0)
-
-    @staticmethod
-    def _given(turn: Turn) -> StudentAnswer | TeacherAnswer | None:
-        return turn.student if turn.route == "student" else turn.teacher
 
     def _spawn(self, work: Coroutine[Any, Any, bool]) -> asyncio.Task[bool]:
         task = asyncio.get_running_loop().create_task(work)

@@ -138,7 +138,7 @@ class LiveReleases:
         return sum(
             1
             for exchange in self._reader.exchanges(task).exchanges
-            if exchange.release == release and exchange.route == "student" and exchange.audit != "none"
+            if exchange.release == release and exchange.by_student and exchange.audit != "none"
         )
 
     def _swap(self, task: str, loaded: LiveRelease | None) -> None:

@@ -184,12 +184,14 @@ class Metrics:
             histogram = self._confidence_series[task] = self._confidence.labels(task)
         histogram.observe(confidence)
 
-    def record_audit(self, task: str, agreed: bool | None, usd: float | None) -> None:
-        """Count an audit that is over; `agreed` None: the teacher could not be had."""
+    def record_audit(
+        self, task: str, agreed: bool | None, usd: float | None, route: Route = "student"
+    ) -> None:
+        """Count an audit that is over; `agreed` None: the teacher could not be had; `route`: what was audited."""
         outcome = "missing" if agreed is None else "agreed" if agreed else "disagreed"
         self._audits.labels(task, outcome).inc()
         if usd is not None:
-            self._cost.labels(task, "student").inc(usd)
+            self._cost.labels(task, route).inc(usd)
 
     def record_logged(self, task: str) -> None:
         """Count an exchange that is on disk."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 from gateway import names
 from gateway.auth import Caller
+from gateway.cache_entry import CachedAnswer
 from gateway.live import LiveRelease
 from routers.router import Decision
 from serving.assembler import Assembler
 from serving.chat import ChatRequest
-from serving.exchange import Audit, Exchange, Route, StudentAnswer, TeacherAnswer
+from serving.exchange import Audit, Exchange, Json, Origin, Route, StudentAnswer, TeacherAnswer
 from serving.settings import TaskSettings
 
 
@@ -38,8 +40,12 @@ class Turn:
     """What is known of one chat request so far. Times are in seconds; `started` is of the monotonic clock.
 
     `newcomer` is the name of the task that its prompt may become once the teacher has answered; until then
-    `task` is `other`.
+    `task` is `other`. `eligible` is said of the request, `spoiled` of the way its answer came about: what is
+    either not eligible or spoiled counts for nothing (STATISTICS.md §1).
+    `origin` says of an answer from the cache who once gave it.
     `asking`: the teacher has been asked and its answer isn't whole; `received` is what has come of a stream.
+    `shared`: its answer is made for others as well, by a flight, which also closes its account if it has
+    `left` in the meantime.
     `status` is there once the request is over: what its books say, which of a stream that broke off isn't
     the status that was sent. `failure` says why the teacher's answer couldn't be had.
     """
@@ -51,17 +57,21 @@ class Turn:
     release: LiveRelease | None
     storable: bool
     eligible: bool
+    spoiled: bool = False
     newcomer: str | None = None
     coin: bool = False
     audit_rate: float = 0.0
     supersedes: str | None = None
     route: Route = "teacher"
+    origin: Origin | None = None
     reason: str = names.REASON_NO_RELEASE
     student: StudentAnswer | None = None
     decision: Decision | None = None
     teacher: TeacherAnswer | None = None
     asking: bool = False
     received: Assembler | None = None
+    shared: bool = False
+    left: bool = False
     cost_usd: float | None = None
     waited_s: float = 0.0
     overhead_s: float | None = None
@@ -77,17 +87,62 @@ class Turn:
         """Return the time since the request came in."""
         return time.perf_counter() - self.started
 
+    @property
+    def by_student(self) -> bool:
+        """Whether the answer originates from the student, replays included."""
+        return "student" in (self.route, self.origin)
+
+    @property
+    def given(self) -> StudentAnswer | TeacherAnswer | None:
+        """The answer the client gets, if it is known."""
+        return self.student if self.by_student else self.teacher
+
+    @property
+    def counts(self) -> bool:
+        """Whether the exchange is one of those that the promise speaks of (STATISTICS.md §1)."""
+        return self.eligible and not self.spoiled
+
+    def replay(self, answer: CachedAnswer, how: Literal["hit", "joined"]) -> None:
+        """Take over an answer given to another request: a request of its own, with a coin of its own.
+
+        Of an answer of the student's the teacher's is left out: whether it was audited is for this request's
+        coin to say.
+        """
+        self.route = "cache"
+        self.origin = answer.origin
+        self.reason = f"{how}:{answer.origin}"
+        self.spoiled = not answer.eligible
+        self.student = answer.student
+        self.teacher = answer.teacher if answer.origin == "teacher" else None
+        if answer.confidence is not None:
+            accepted = answer.origin == "student"
+            self.decision = Decision(accepted, answer.confidence, answer.threshold, self.reason)
+
+    def kept(self, completion: Json, *, at: float) -> CachedAnswer:
+        """Return the answer given, as others may be given it. `at`: seconds since the epoch."""
+        return CachedAnswer(
+            completion=completion,
+            origin="student" if self.by_student else "teacher",
+            release=self.release.name if self.release else None,
+            confidence=self.decision.confidence if self.decision else None,
+            threshold=self.decision.threshold if self.decision else None,
+            eligible=not self.spoiled,
+            student=self.student,
+            teacher=self.teacher,
+            stored_at=at,
+        )
+
     def audit(self) -> Audit:
         """Say what the coin asks for: nothing, an answer that is still owed, or one that is there already."""
-        if not (self.coin and self.eligible):
+        if not (self.coin and self.counts):
             return "none"
-        return "pending" if self.route == "student" else "answered"
+        return "pending" if self.by_student else "answered"
 
     def propensity(self) -> float | None:
         """Return the probability with which this exchange comes to have both answers (STATISTICS.md §2)."""
-        if not self.eligible:
+        if not self.counts:
             return None
-        return self.audit_rate if self.route == "student" else 1.0
+        return self.audit_rate if self.by_student else 1.0
 
     def agreement(self) -> bool | None:
         """Compare the two answers, if both are known."""
@@ -111,13 +166,14 @@ class Turn:
             student=self.student,
             confidence=self.decision.confidence if self.decision else None,
             threshold=self.decision.threshold if self.decision else None,
-            eligible=self.eligible,
+            eligible=self.counts,
             coin=self.coin,
             audit_rate=self.audit_rate,
             audit=self.audit(),
             propensity=self.propensity(),
             agreement=self.agreement(),
             cost_usd=self.cost_usd,
+            origin=self.origin,
         )
 
     def headers(self) -> list[tuple[str, str]]:

@@ -99,7 +99,7 @@ def summarise(
     escalated = sum(outcome.route in ("teacher", None) for outcome in answered)
     ours = {outcome.request_id for outcome in answered}
     logged = [exchange for exchange in exchanges if exchange.request_id in ours]
-    audited = [exchange for exchange in logged if exchange.audit != "none" and exchange.route != "teacher"]
+    audited = [exchange for exchange in logged if exchange.audit != "none" and exchange.by_student]
     if logged:
         audits = len(audited)
     calls = None if audits is None else escalated + audits

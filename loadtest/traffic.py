@@ -38,7 +38,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """Sends rows to `base_url`, each as a request of its own at temperature 0."""
+    """Sends rows to `base_url`, each as a request of its own at temperature 0.
+
+    None of them is answered from the cache: what is measured is who answers a request that hasn't been asked before,
+    and a text that was recorded twice may have been answered in two ways.
+    """
 
     client: openai.AsyncOpenAI
     model: str
@@ -77,7 +81,10 @@ class Sender:
                 model=self.model,
                 messages=messages,
                 temperature=0,
-                extra_headers={f"{OWN_HEADER_PREFIX}task": self.task} if self.task else None,
+                extra_headers={
+                    "cache-control": "no-store",
+                    **({f"{OWN_HEADER_PREFIX}task": self.task} if self.task else {}),
+                },
             )
             latency_s = time.perf_counter() - began
             completion: ChatCompletion = raw.parse()

@@ -6,6 +6,21 @@ from typing import Any
 
 from serving.exchange import Json
 
+_KNOWN = frozenset(
+    {
+        "id",
+        "object",
+        "created",
+        "model",
+        "choices",
+        "usage",
+        "service_tier",
+        "system_fingerprint",
+        "obfuscation",
+    }
+)
+"""Fields of a chunk that need no keeping: they are read, or (`obfuscation`) pad this one chunk to an even length."""
+
 
 class Assembler:
     """Puts `chat.completion.chunk` objects together again: the inverse of `serving.chat.chunks`.
@@ -22,6 +37,7 @@ class Assembler:
         self.system_fingerprint: str | None = None
         self.service_tier: str | None = None
         self.usage: Json | None = None
+        self._more: Json = {}
         self._choices: dict[int, _Choice] = {}
 
     def add(self, chunk: Json) -> None:
@@ -38,12 +54,35 @@ class Assembler:
             self.service_tier = chunk["service_tier"]
         if isinstance(chunk.get("usage"), dict):
             self.usage = chunk["usage"]
+        for key, value in chunk.items():
+            if key not in _KNOWN and (value is not None or key not in self._more):
+                self._more[key] = value
         choices = chunk.get("choices")
         for part in choices if isinstance(choices, list) else ():
             if isinstance(part, dict):
                 index = part.get("index")
                 at = index if isinstance(index, int) else 0
                 self._choices.setdefault(at, _Choice(at)).add(part)
+
+    def completion(self, *, id: str, created: int) -> Json:
+        """The whole `chat.completion` so far; `id` and `created` are for streams that had none.
+
+        Fields of the chunks that aren't known here are kept, with the value they had last.
+        """
+        whole: Json = {
+            "id": self.id or id,
+            "object": "chat.completion",
+            "created": created if self.created is None else self.created,
+            "model": self.model,
+            "choices": self.choices,
+            **self._more,
+        }
+        told = {
+            "usage": self.usage,
+            "service_tier": self.service_tier,
+            "system_fingerprint": self.system_fingerprint,
+        }
+        return whole | {key: value for key, value in told.items() if value is not None}
 
     @property
     def choices(self) -> list[Json]:

@@ -227,6 +227,7 @@ _EXCHANGE_TYPES: _Types = {
     "superseded_by": (str, _NONE),
     "cancelled": (bool,),
     "cost_usd": (*_NUMBER, _NONE),
+    "origin": (str, _NONE),
     "schema": (int,),
 }
 _LATE_TYPES: _Types = {
@@ -258,6 +259,7 @@ _STUDENT_TYPES: _Types = {
     "signals": (dict,),
 }
 _ROUTES = ("cache", "student", "teacher")
+_ORIGINS = (None, "student", "teacher")
 _AUDITS = ("none", "pending", "answered", "missing")
 
 
@@ -281,6 +283,10 @@ def _exchange(event: Json) -> Exchange:
     _check(event, _EXCHANGE_TYPES)
     if event["route"] not in _ROUTES or event.get("audit", "none") not in _AUDITS:
         raise ValueError("route or audit")
+    if event.get("origin") not in _ORIGINS or (event["route"] == "cache") is not (
+        event.get("origin") is not None
+    ):
+        raise ValueError("origin")
     if event.get("teacher") is not None:
         _check(event["teacher"], _TEACHER_TYPES)
         _check_choices(event["teacher"]["choices"])

@@ -16,6 +16,7 @@ Json = dict[str, Any]
 """A JSON object as the client or the upstream wrote it."""
 
 Route = Literal["cache", "student", "teacher"]
+Origin = Literal["student", "teacher"]
 Audit = Literal["none", "pending", "answered", "missing"]
 """`none`: the coin didn't fall (or the request wasn't eligible). `pending`: it fell and an answer is still owed.
 `answered`: both answers are known. `missing`: the teacher could not be had; counts as disagreement in every test."""
@@ -58,6 +59,8 @@ class Exchange:
 
     `created` is in seconds since the epoch. `propensity` is the probability with which the exchange came to have both
     answers: 1 if escalated, the audit rate if accepted (STATISTICS.md §2), None when the request isn't eligible.
+    `origin` says of an answer from the cache who once gave it: `student` and `teacher` are then what was answered
+    at that time, and cost nothing now.
     `coin` says whether the audit coin fell (flipped for every eligible request, whatever its route).
     `agreement` is None until both answers are known.
     """
@@ -84,7 +87,18 @@ class Exchange:
     superseded_by: str | None = None
     cancelled: bool = False
     cost_usd: float | None = None
+    origin: Origin | None = None
     schema: int = SCHEMA
+
+    @property
+    def by_student(self) -> bool:
+        """Whether the answer originates from the student, replays included: the promise is about these (§1)."""
+        return "student" in (self.route, self.origin)
+
+    @property
+    def replayed(self) -> bool:
+        """Whether it was an answer once given to another request, so that nobody was asked or paid for it."""
+        return self.route == "cache"
 
     @property
     def audit_owed(self) -> bool:

@@ -137,7 +137,7 @@ class CacheSettings(Section):
         "process", description="among whom identical concurrent requests are asked once"
     )
     lease_s: float = Field(
-        10.0, gt=0, le=3600, description="how long the other replicas wait for the one that asks"
+        10.0, gt=0, le=3600, description="how long others wait for the one that asks, without a sign of life"
     )
 
     @field_validator("url")
@@ -251,6 +251,10 @@ class TaskPolicy(Section):
         default=[], description="student answers that always go to the teacher"
     )
     on_teacher_failure: Literal["error", "student"] = "error"
+    cache: bool | None = Field(
+        None,
+        description="which answers may be cached: absent, those at temperature 0; true, all; false, none",
+    )
 
 
 class TaskSettings(TaskPolicy):

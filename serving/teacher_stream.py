@@ -145,6 +145,16 @@ class TeacherStream:
             self._answer = self._finish(self)
         return self._answer
 
+    def completion(self, *, id: str, created: int) -> Json:
+        """Return the completion as a client gets it that asks for it whole, once the iteration has ended.
+
+        `id` and `created` are for a stream that had none.
+        """
+        whole = self.assembler.completion(id=id, created=created)
+        if self._hide:
+            whole["choices"] = without_logprobs(whole["choices"])
+        return whole
+
     async def aclose(self) -> None:
         """Give the connection back after a complete stream, close it otherwise."""
         try:

@@ -15,6 +15,7 @@ import pytest
 from gateway.attempts import Attempts
 from gateway.audits import Audits
 from gateway.auth import Caller, Gate
+from gateway.cache import Cache
 from gateway.ledger import Ledger
 from gateway.live import LiveReleases
 from gateway.metrics import Metrics
@@ -59,7 +60,7 @@ async def running(settings: Settings, disk: Disk) -> AsyncIterator[Pipeline]:
         teacher=teacher, ledger=ledger, live=live, tasks=tasks, metrics=metrics, client_keys=False
     )
     await live.refresh()
-    yield Pipeline(
+    pipeline = Pipeline(
         teacher=teacher,
         tasks=tasks,
         live=live,
@@ -67,8 +68,12 @@ async def running(settings: Settings, disk: Disk) -> AsyncIterator[Pipeline]:
         ledger=ledger,
         audits=audits,
         attempts=Attempts(),
+        cache=Cache(settings.cache, metrics),
+        cache_settings=settings.cache,
         metrics=metrics,
     )
+    yield pipeline
+    await pipeline.aclose()
     await audits.aclose()
     await ledger.aclose()
     await event_log.aclose()

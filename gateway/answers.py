@@ -1,0 +1,231 @@
+"""How an answer is made: by the student if the router trusts it, else by the teacher."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+
+from gateway import names
+from gateway.auth import Gate
+from gateway.ledger import Ledger
+from gateway.metrics import Metrics
+from gateway.tasks import Tasks
+from gateway.turn import Turn
+from serving.chat import completion
+from serving.errors import RequestError, UpstreamError, UpstreamRefused
+from serving.exchange import Json
+from serving.slots import UpstreamBusy
+from serving.teacher import Chunk, Teacher, TeacherStream
+
+log = logging.getLogger("understudy.pipeline")
+
+TEACHER = "teacher"
+STUDENT = "student"
+_UNAVAILABLE = frozenset({408, 409, 429})
+
+
+@dataclass(slots=True)
+class Whole:
+    """An answer that is there: the completion and, from the teacher, its bytes and headers."""
+
+    completion: Json
+    raw: bytes | None = None
+    headers: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Stream:
+    """A teacher's answer while it comes in. `completion` is the whole of it, once `chunks` has ended."""
+
+    def __init__(
+        self,
+        answers: Answers,
+        turn: Turn,
+        opened: AbstractAsyncContextManager[TeacherStream],
+        stream: TeacherStream,
+    ) -> None:
+        self.headers = stream.headers
+        self._answers = answers
+        self._turn = turn
+        self._opened = opened
+        self._stream = stream
+
+    async def chunks(self) -> AsyncGenerator[Chunk, None]:
+        """Give the chunks, and at the end settle the turn. Raises UpstreamError when the answer breaks off."""
+        try:
+            async for chunk in self._stream:
+                yield chunk
+            self._turn.teacher = self._stream.answer()
+        except UpstreamError as error:
+            self._answers.note_failure(self._turn, error)
+            self._answers.ledger.broken_off(self._turn)
+            raise
+        self._answers.ledger.settle(self._turn)
+
+    def completion(self) -> Json:
+        """Put the answer together, once it has ended."""
+        return self._stream.completion(id=f"chatcmpl-{self._turn.id}", created=int(self._turn.created))
+
+    async def aclose(self) -> None:
+        """Give the connection back, or close it if the answer hasn't come to its end."""
+        await self._opened.__aexit__(None, None, None)
+
+
+class Answers:
+    """Makes answers. What is decided on the way is noted on the turn."""
+
+    def __init__(
+        self, *, teacher: Teacher, tasks: Tasks, gate: Gate, ledger: Ledger, metrics: Metrics
+    ) -> None:
+        self.ledger = ledger
+        self._teacher = teacher
+        self._tasks = tasks
+        self._gate = gate
+        self._metrics = metrics
+
+    async def make(self, turn: Turn) -> Whole | Stream:
+        """Answer a request. A whole answer is settled; it isn't logged yet.
+
+        Raises UpstreamError when the teacher fails and the student may not step in, RequestError when the
+        client forced a student that can't answer.
+        """
+        escalated = await self._ask_student(turn)
+        if escalated is None:
+            return self._by_student(turn)
+        turn.reason = escalated
+        turn.asking = True
+        try:
+            return await (self._stream(turn) if turn.chat.stream else self._whole(turn))
+        except UpstreamError as error:
+            turn.asking = False
+            self.note_failure(turn, error)
+            if turn.student is None or not _student_may_step_in(turn, error):
+                raise
+            turn.reason = names.REASON_TEACHER_UNAVAILABLE
+            turn.spoiled = True
+            return self._by_student(turn)
+
+    def note_failure(self, turn: Turn, error: UpstreamError) -> None:
+        """Count a failure of the teacher's."""
+        turn.failure = str(error)
+        if isinstance(error, UpstreamBusy):
+            return  # our own doing
+        self._metrics.record_upstream_error(TEACHER, error.kind)
+        if isinstance(error, UpstreamRefused) and error.status in (401, 403):
+            self._gate.teacher_refused(turn.arrival.caller)
+
+    async def _ask_student(self, turn: Turn) -> str | None:
+        """Let the student answer. Return the reason to ask the teacher instead; None: serve the answer."""
+        forced = turn.arrival.route
+        release = turn.release
+        if forced == TEACHER:
+            return names.REASON_FORCED
+        if release is None:
+            if forced == STUDENT:
+                raise RequestError(
+                    f"{names.ROUTE_HEADER}: student was asked for, but task {turn.task} has no live release",
+                    param=names.ROUTE_HEADER,
+                    code="no_live_release",
+                )
+            return names.REASON_NO_RELEASE
+        if not self._gate.verified(turn.arrival.caller):
+            # Not the router's doing, so nothing the promise may count (STATISTICS.md §1).
+            turn.spoiled = True
+            return names.REASON_UNVERIFIED_KEY
+        began = time.perf_counter()
+        try:
+            feature = release.student.unsupported(turn.chat.body)
+            if feature is not None:
+                turn.spoiled = True
+                if forced == STUDENT:
+                    raise RequestError(
+                        f"{names.ROUTE_HEADER}: student was asked for, but the student of task {turn.task} "
+                        f"doesn't support this request ({feature})",
+                        param=names.ROUTE_HEADER,
+                        code="unsupported",
+                    )
+                return f"{names.REASON_UNSUPPORTED}:{feature}"
+            answer = await release.student.answer(turn.chat.body)
+            decision = release.router.decide(answer.score, release.comparison.key(answer.choices))
+        except RequestError:
+            raise
+        except Exception:
+            log.exception("task %s: the student of release %s failed", turn.task, release.name)
+            self._metrics.record_upstream_error(STUDENT, "broken")
+            turn.spoiled = True
+            return names.REASON_STUDENT_ERROR
+        finally:
+            took = time.perf_counter() - began
+            turn.waited_s += took
+        turn.student = self.ledger.priced(answer, took)
+        turn.decision = decision
+        if forced == STUDENT:
+            turn.reason = names.REASON_FORCED
+            return None
+        turn.reason = decision.reason
+        return None if decision.accepted else decision.reason
+
+    def _by_student(self, turn: Turn) -> Whole:
+        answer = turn.student
+        if answer is None:
+            raise RuntimeError("no student has answered")
+        turn.route = "student"
+        self.ledger.settle(turn)
+        return Whole(
+            completion(
+                id=f"chatcmpl-{turn.id}",
+                created=int(turn.created),
+                # Clients check the model they asked for; who answered stands in the headers.
+                model=turn.chat.model,
+                choices=answer.choices,
+                usage=answer.usage,
+            )
+        )
+
+    async def _whole(self, turn: Turn) -> Whole:
+        began = time.perf_counter()
+        try:
+            reply = await self._teacher.complete(
+                turn.chat.body,
+                authorization=turn.arrival.caller.authorization,
+                request_id=turn.arrival.request_id,
+                headers=turn.arrival.headers,
+            )
+        finally:
+            turn.waited_s += time.perf_counter() - began
+        self._accepted(turn)
+        turn.teacher = reply.answer
+        self.ledger.settle(turn)
+        return Whole(reply.body, reply.raw, reply.headers)
+
+    async def _stream(self, turn: Turn) -> Stream:
+        opened = self._teacher.stream(
+            turn.chat.body,
+            authorization=turn.arrival.caller.authorization,
+            request_id=turn.arrival.request_id,
+            headers=turn.arrival.headers,
+        )
+        began = time.perf_counter()
+        try:
+            stream = await opened.__aenter__()
+        finally:
+            turn.waited_s += time.perf_counter() - began
+        self._accepted(turn)
+        turn.received = stream.assembler
+        return Stream(self, turn, opened, stream)
+
+    def _accepted(self, turn: Turn) -> None:
+        """Note that the teacher answered: the caller's key is good, and an unseen prompt may become a task."""
+        self._gate.teacher_accepted(turn.arrival.caller)
+        if turn.newcomer is not None:
+            turn.task = self._tasks.confirm(turn.newcomer)
+
+
+def _student_may_step_in(turn: Turn, error: UpstreamError) -> bool:
+    """Say whether the student's rejected answer goes before the error: if the task's owner says so."""
+    if turn.policy.on_teacher_failure != "student":
+        return False
+    # A request the teacher finds wrong stays wrong; only a teacher that can't answer is stood in for.
+    return not isinstance(error, UpstreamRefused) or error.status >= 500 or error.status in _UNAVAILABLE
