@@ -103,6 +103,20 @@ class Child:
         """Whether the process runs."""
         return self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """The process's id, which is also that of its session."""
+        return self._process.pid
+
+    def kill(self, *, whole_session: bool = False) -> None:
+        """End the process as a power cut would, with all it has started if `whole_session`."""
+        with contextlib.suppress(ProcessLookupError):
+            if whole_session:
+                os.killpg(self.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
+        self._process.wait()
+
     def check(self) -> None:
         """Raise StackError if the process has ended."""
         if not self.alive:

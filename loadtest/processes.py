@@ -1,0 +1,74 @@
+"""Who is who among the processes of a running gateway. Reads /proc, so it works on Linux only."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+_PROC = Path("/proc")
+_STATE, _PARENT = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """The workers of one gateway, by process id; `keeper` is the one of them that holds the keeper's lock."""
+
+    workers: tuple[int, ...]
+    keeper: int | None
+
+
+def find_processes(supervisor: int, state_dir: Path) -> Processes:
+    """Return who runs now. `supervisor` is the process that was started as `understudy serve`."""
+    workers = tuple(pid for pid in _children(supervisor) if not _is_bookkeeping(pid))
+    holder = _lock_holder(state_dir / "keeper.lock")
+    return Processes(workers, holder if holder in workers else None)
+
+
+def is_running(pid: int) -> bool:
+    """Say whether a process is there and hasn't ended."""
+    status = _status(pid)
+    return status is not None and status[_STATE] != "Z"
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for entry in _PROC.iterdir():
+        if entry.name.isdecimal():
+            status = _status(int(entry.name))
+            if status is not None and status[_STATE] != "Z" and int(status[_PARENT]) == parent:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def _status(pid: int) -> list[str] | None:
+    """The fields of /proc/<pid>/stat behind the name, which may hold anything."""
+    try:
+        text = (_PROC / str(pid) / "stat").read_text(encoding="latin-1")
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()
+
+
+def _is_bookkeeping(pid: int) -> bool:
+    """Python's multiprocessing has a process of its own that tracks resources, and learning is a child too."""
+    try:
+        command = (_PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return True
+    return b"resource_tracker" in command or command == b""
+
+
+def _lock_holder(path: Path) -> int | None:
+    """The process that holds a flock on `path`."""
+    try:
+        status = path.stat()
+        lines = (_PROC / "locks").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    for line in lines:
+        fields = line.split()
+        if "FLOCK" in fields and wanted in fields:
+            return int(fields[fields.index(wanted) - 1])
+    return None
