@@ -218,6 +218,7 @@ class Gateway:
             deadline_s=settings.teacher.timeout_s + _AUDIT_GRACE_S,
             interval_s=settings.learning.interval_s,
             config_path=self._config_path,
+            retention_days=settings.log.retention_days,
         )
         cache = Cache(settings.cache, metrics)
         stack.push_async_callback(cache.aclose)

@@ -1,4 +1,4 @@
-"""What must happen once, however many workers there are: sealing, left-over audits, learning.
+"""What must happen once, however many workers there are: sealing, retention, left-over audits, learning.
 
 Every worker runs a keeper; the one that holds `flock(state_dir/keeper.lock)` works, the others wait for it
 to die. That is simpler than a process of its own: nothing has to be supervised, one worker is enough for
@@ -20,8 +20,10 @@ from typing import IO
 
 from gateway.audits import Audits
 from gateway.tasks import OVERFLOW
+from serving.audit_index import AuditIndex
 from serving.exchange import Exchange
 from serving.log import LogReader, seal_abandoned
+from serving.retention import remove_expired
 
 log = logging.getLogger("understudy.keeper")
 
@@ -37,7 +39,8 @@ class Keeper:
     """Runs in every worker, works in one.
 
     An audit counts as left over when it is older than `deadline_s`: then no process can still be at it.
-    `interval_s`: how often to see whether there is something new to learn; 0: never.
+    `interval_s`: how often to see whether there is something new to learn; 0: never. `retention_days`: how long the
+    log is kept; None: for ever.
     """
 
     def __init__(
@@ -48,14 +51,17 @@ class Keeper:
         deadline_s: float,
         interval_s: float,
         config_path: Path | None,
+        retention_days: float | None = None,
         look_every_s: float = _LOOK_EVERY_S,
     ) -> None:
         self._state_dir = state_dir
         self._audits = audits
         self._reader = LogReader(state_dir)
+        self._index = AuditIndex(state_dir)
         self._deadline_s = deadline_s
         self._interval_s = interval_s
         self._config_path = config_path
+        self._retention_days = retention_days
         self._look_every_s = look_every_s
         self._learned: dict[str, int] = {}
         self._looked: dict[str, int] = {}
@@ -79,6 +85,7 @@ class Keeper:
                 sealed = await asyncio.to_thread(seal_abandoned, self._state_dir)
                 if sealed:
                     log.info("sealed %d segments of processes that are gone", sealed)
+                await self._remove_expired()
                 taken = self._audits.take_up(await asyncio.to_thread(self.leftovers))
                 if taken:
                     log.info("took up %d audits that were left over", taken)
@@ -92,12 +99,26 @@ class Keeper:
             await asyncio.sleep(self._interval_s)
             try:
                 sizes = await asyncio.to_thread(self._sizes)
+                # What was removed from the log isn't news, and mustn't hide what comes after it.
+                self._learned = {task: min(size, self._learned.get(task, 0)) for task, size in sizes.items()}
                 if any(size > self._learned.get(task, 0) for task, size in sizes.items() if task != OVERFLOW):
                     self._learned = sizes
                     log.info("the log has grown: learning")
                     await self._learn()
             except Exception:
                 log.exception("learning failed; trying again")
+
+    async def _remove_expired(self) -> None:
+        if self._retention_days is not None:
+            removed = await asyncio.to_thread(
+                remove_expired, self._state_dir, self._retention_days, now=time.time()
+            )
+            if removed:
+                log.info(
+                    "removed %d segments older than %g days (log.retention_days)",
+                    removed,
+                    self._retention_days,
+                )
 
     def leftovers(self) -> list[Exchange]:
         """Find the pending audits that nobody is at any more. Reads only logs that may hold some."""
@@ -107,7 +128,7 @@ class Keeper:
             if self._looked.get(task) == size and task not in self._may_be_pending:
                 continue
             self._looked[task] = size
-            pending = [exchange for exchange in self._reader.exchanges(task).exchanges if exchange.audit_owed]
+            pending = self._index.owed(task)
             # One that is too young now will be due without the log having grown.
             self._may_be_pending.discard(task)
             if pending:

@@ -16,7 +16,7 @@ from gateway.metrics import Metrics
 from gateway.tasks import Tasks
 from routers.router import Router
 from serving.agreement import Comparison
-from serving.log import LogReader
+from serving.audit_index import AuditIndex
 from serving.releases import ReleaseStore
 from serving.student import Student, load_student
 
@@ -49,7 +49,7 @@ class LiveReleases:
     def __init__(self, state_dir: Path, tasks: Tasks, metrics: Metrics) -> None:
         self._tasks_dir = state_dir / "tasks"
         self._store = ReleaseStore(state_dir)
-        self._reader = LogReader(state_dir)
+        self._audits = AuditIndex(state_dir)
         self._tasks = tasks
         self._metrics = metrics
         self._live: dict[str, LiveRelease] = {}
@@ -130,15 +130,8 @@ class LiveReleases:
             router=router,
             comparison=self._tasks.comparison(task),
             threshold=router.threshold,
-            accepted_audits=self._accepted_audits(task, release.name),
-        )
-
-    def _accepted_audits(self, task: str, release: str) -> int:
-        """Count the audits of this release that the log knows already (after a restart or a rollback)."""
-        return sum(
-            1
-            for exchange in self._reader.exchanges(task).exchanges
-            if exchange.release == release and exchange.by_student and exchange.audit != "none"
+            # Those that the log knows already: after a restart or a rollback.
+            accepted_audits=self._audits.accepted(task, release.name),
         )
 
     def _swap(self, task: str, loaded: LiveRelease | None) -> None:

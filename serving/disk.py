@@ -37,6 +37,10 @@ class Disk:
         """Rename, replacing `target`. The directory still has to be synced."""
         source.replace(target)
 
+    def remove(self, path: Path) -> None:
+        """Remove a file, if it is there. The directory still has to be synced."""
+        path.unlink(missing_ok=True)
+
     def sync_directory(self, path: Path) -> None:
         """Return when the names in `path` (created, renamed, removed) survive a loss of power."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,12 +14,13 @@ from serving.errors import UnknownTask
 from serving.events import Fold, decode, encode
 from serving.exchange import Exchange, Json
 from serving.layout import task_directory, task_names
-from serving.segments import OPEN_SUFFIX, SegmentWriter, events_directory, seal_abandoned
+from serving.retention import oldest_open_s
+from serving.segments import OPEN_SUFFIX, SegmentWriter, events_directory, seal_abandoned, segment_paths
 from serving.settings import LogSettings
 
 __all__ = ["EventLog", "LogReader", "ReadResult", "seal_abandoned"]
 
-_NUMBERS = re.compile(r"\d+")
+_LOOK_EVERY_S = 0.5
 
 
 @dataclass(slots=True)
@@ -55,6 +55,8 @@ class EventLog:
         self._max_waiting_bytes = settings.max_waiting_bytes
         self._waiting_bytes = 0
         self._flusher: asyncio.Task[None] | None = None
+        self._oldest_open_s = oldest_open_s(settings.retention_days)
+        self._watch: asyncio.Task[None] | None = None
         self._closed = False
 
     async def append(self, task: str, event: Json) -> None:
@@ -82,6 +84,8 @@ class EventLog:
         batch.lines.append(line)
         batch.size += len(line)
         self._waiting_bytes += len(line)
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._keep_watch(), name="event-log watch")
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush(), name="event-log flush")
         await batch.done.wait()
@@ -94,10 +98,21 @@ class EventLog:
         if self._closed:
             return
         self._closed = True
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait([self._watch])
         if self._flusher is not None:
             await asyncio.wait([self._flusher])
         await asyncio.get_running_loop().run_in_executor(self._thread, self._segments.close)
         self._thread.shutdown()
+
+    async def _keep_watch(self) -> None:
+        """Seal segments that have been open for too long: what isn't sealed is never removed."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if self._oldest_open_s is not None:
+                await loop.run_in_executor(self._thread, self._segments.seal_older_than, self._oldest_open_s)
 
     async def _flush(self) -> None:
         loop = asyncio.get_running_loop()
@@ -170,7 +185,7 @@ class LogReader:
         """
         fold = Fold()
         damaged = unknown = segments = 0
-        for path in self._paths(task):
+        for path in segment_paths(self._state_dir, task):
             segments += 1
             try:
                 for line in _lines(path):
@@ -188,7 +203,7 @@ class LogReader:
     def newest(self, task: str) -> int:
         """Bytes of a task's log on disk: grows with every event, a cheap way to see whether there is news."""
         size = 0
-        for path in self._paths(task):
+        for path in segment_paths(self._state_dir, task):
             for name in (path, path.with_name(path.name + OPEN_SUFFIX)):
                 try:
                     size += name.stat().st_size
@@ -196,26 +211,6 @@ class LogReader:
                 except OSError:
                     continue
         return size
-
-    def _paths(self, task: str) -> list[Path]:
-        """The segments by their sealed names, in the order they were opened.
-
-        They may still be open, or gone.
-        """
-        directory = events_directory(self._state_dir, task)
-        names: set[str] = set()
-        # A file that is renamed while a directory is listed may be missed under both names. It is renamed
-        # once in its life, so it can't be missed twice.
-        for _ in range(2):
-            try:
-                names.update(path.name.removesuffix(OPEN_SUFFIX) for path in directory.iterdir())
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-        return [directory / name for name in sorted(names, key=_order) if name.endswith(".jsonl")]
-
-
-def _order(name: str) -> tuple[list[int], str]:
-    return [int(number) for number in _NUMBERS.findall(name)[-2:]], name
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -15,8 +15,9 @@ import hashlib
 import os
 import re
 import socket
+import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from serving.layout import task_directory, task_names
 
 OPEN_SUFFIX = ".open"
 _OPEN_NAME = re.compile(r"([0-9a-f]{8})-([0-9]+)-([0-9]+)\.jsonl\.open")
+_NUMBERS = re.compile(r"\d+")
 _COPY_BYTES = 1 << 16
 
 
@@ -41,11 +43,33 @@ def events_directory(state_dir: Path, task: str) -> Path:
     return task_directory(state_dir, task) / "events"
 
 
+def segment_paths(state_dir: Path, task: str) -> list[Path]:
+    """The segments of a task by their sealed names, in the order they were opened.
+
+    They may still be open, or gone. Raises UnknownTask for what can't be a task's name.
+    """
+    directory = events_directory(state_dir, task)
+    names: set[str] = set()
+    # A file that is renamed while a directory is listed may be missed under both names. It is renamed
+    # once in its life, so it can't be missed twice.
+    for _ in range(2):
+        try:
+            names.update(path.name.removesuffix(OPEN_SUFFIX) for path in directory.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return [directory / name for name in sorted(names, key=_order) if name.endswith(".jsonl")]
+
+
+def _order(name: str) -> tuple[list[int], str]:
+    return [int(number) for number in _NUMBERS.findall(name)[-2:]], name
+
+
 @dataclass(slots=True)
 class _Segment:
     path: Path
     fd: int
     size: int = 0
+    opened_s: float = field(default_factory=time.monotonic)
 
 
 class SegmentWriter:
@@ -91,6 +115,12 @@ class SegmentWriter:
             raise
         segment.size += len(data)
         if segment.size >= self._segment_bytes:
+            self._seal(task)
+
+    def seal_older_than(self, seconds: float) -> None:
+        """Seal what has been open for longer; never raises."""
+        before = time.monotonic() - seconds
+        for task in [task for task, segment in self._open.items() if segment.opened_s < before]:
             self._seal(task)
 
     def close(self) -> None:

@@ -159,6 +159,9 @@ class LogSettings(Section):
 
     durability: Literal["fsync", "relaxed"] = "fsync"
     segment_bytes: int = Field(64 * 1024 * 1024, ge=4096, description="a segment is sealed at this size")
+    retention_days: float | None = Field(
+        None, gt=0, description="sealed segments whose newest event is older are removed; absent: never"
+    )
     max_wait_s: float = Field(2.0, gt=0, description="an answer waits at most so long for a slow disk")
     max_waiting_bytes: int = Field(
         64 * 1024 * 1024, ge=4096, description="what waits for a slow disk beyond this is lost"
