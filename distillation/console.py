@@ -58,6 +58,7 @@ def print_tasks(summaries: list[TaskSummary]) -> None:
     for name in ("requests", "by student", "answers", "spent", "per teacher call"):
         table.add_column(name, justify="right")
     table.add_column("live")
+    table.add_column("sees")
     table.add_column("worth a student?")
     for summary in summaries:
         by_student = summary.routes.get("student", 0)
@@ -70,6 +71,7 @@ def print_tasks(summaries: list[TaskSummary]) -> None:
             f"${summary.cost_usd:,.4f}",
             f"${each:.6f}" if each is not None else "no price",
             summary.release or "–",
+            summary.sees,
             summary.outlook,
         )
     Console().print(table)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from serving.agreement import Comparison
 from serving.exchange import Exchange, Json
-from serving.linear import KnownAnswer, TokenEstimate, unsupported, user_text
+from serving.linear import KnownAnswer, TokenEstimate
+from serving.sight import Sees, seen_text, spoken_characters, unsupported
 
 STALE_AUDIT_S = 3600.0
 """An audit that is still owed after so long counts as missing."""
@@ -20,7 +21,10 @@ STALE_AUDIT_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One labelled exchange. `answer` is the normal form of the teacher's answer, None if it is missing."""
+    """One labelled exchange. `answer` is the normal form of the teacher's answer, None if it is missing.
+
+    `text` is what the student to be sees of `request`; a past release may see it otherwise.
+    """
 
     id: str
     text: str
@@ -30,6 +34,7 @@ class Row:
     completion_tokens: int | None
     teacher_model: str | None
     release: str | None
+    request: Json | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(slots=True)
@@ -67,8 +72,11 @@ class Dataset:
         return Dataset(rows, traffic, left_out)
 
 
-def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison) -> Dataset:
+def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison, sees: Sees = "message") -> Dataset:
     """Sort the exchanges of one task, oldest first, into rows and traffic. Order is kept.
+
+    `sees` is what the student to be sees of a request. What it can't serve for that is left out, and what only an
+    earlier student couldn't serve isn't: the teacher answered it for certain.
 
     Nothing after the oldest audit that is still owed is used: leaving out just the audits that are under way would
     make audited traffic look rarer than it is. One owed for longer than an hour is missing.
@@ -78,9 +86,9 @@ def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison) -> Data
     dataset = Dataset()
     waiting = False
     for exchange in ordered:
-        owed = exchange.audit == "pending" and _unusable(exchange) is None
+        owed = exchange.audit == "pending" and _unusable(exchange, sees) is None
         waiting = waiting or (owed and exchange.created >= stale)
-        why_not = "behind an audit still pending" if waiting else _unusable(exchange)
+        why_not = "behind an audit still pending" if waiting else _unusable(exchange, sees)
         if why_not is not None:
             dataset.left_out[why_not] += 1
             continue
@@ -95,13 +103,14 @@ def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison) -> Data
         dataset.rows.append(
             Row(
                 id=exchange.id,
-                text=user_text(exchange.request),
+                text=seen_text(exchange.request, sees),
                 answer=comparison.key(teacher.choices) if teacher is not None else None,
                 choices=teacher.choices if teacher is not None else None,
                 prompt_tokens=_count(usage, "prompt_tokens"),
                 completion_tokens=_count(usage, "completion_tokens"),
                 teacher_model=teacher.model if teacher is not None else None,
                 release=exchange.release,
+                request=exchange.request,
             )
         )
     return dataset
@@ -113,7 +122,7 @@ def _count(usage: Json, name: str) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def _unusable(exchange: Exchange) -> str | None:
+def _unusable(exchange: Exchange, sees: Sees) -> str | None:
     if not exchange.eligible:
         return "not eligible"
     if exchange.superseded_by is not None:
@@ -121,7 +130,7 @@ def _unusable(exchange: Exchange) -> str | None:
     if exchange.cancelled:
         # Also those that were audited: whether they were must not decide whether they count.
         return "cancelled by the client"
-    feature = unsupported(exchange.request)
+    feature = unsupported(exchange.request, sees)
     if feature is not None:
         return f"unsupported: {feature}"
     if exchange.teacher is not None and not exchange.teacher.trainable:
@@ -171,9 +180,13 @@ def known_answers(rows: Iterable[Row]) -> list[KnownAnswer]:
     ]
 
 
+def _spoken(row: Row) -> int:
+    return len(row.text) if row.request is None else spoken_characters(row.request)
+
+
 def token_estimate(rows: Iterable[Row]) -> TokenEstimate:
-    """The teacher's prompt tokens by the length of the user's text: least squares on what its usage said."""
-    pairs = [(len(row.text), row.prompt_tokens) for row in rows if row.prompt_tokens is not None]
+    """The teacher's prompt tokens by the length of what was said: least squares on what its usage said."""
+    pairs = [(_spoken(row), row.prompt_tokens) for row in rows if row.prompt_tokens is not None]
     if not pairs:
         return TokenEstimate(fixed=0.0, per_character=0.0)
     mean_length = sum(length for length, _ in pairs) / len(pairs)

@@ -15,6 +15,9 @@ from serving.exchange import Exchange, Json
 from serving.log import LogReader
 from serving.releases import ReleaseStore
 from serving.settings import RESERVED_TASKS, Settings, TaskSettings
+from serving.sight import Sees
+
+_SEE_MORE = 'student.sees = "last" or "conversation" would see them'
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,8 @@ class TaskSummary:
 
     `cost_usd` is what was spent: audits, rejected student answers and answers whose clients left are included.
     `teacher_cost_usd` is what one teacher answer costs on average (None: no price is known), `unseen` the chance that
-    the next answer is new. `outlook` says in words whether a student looks worth it, and why.
+    the next answer is new. `outlook` says in words whether a student looks worth it, and why; `sees` what of a
+    request the next student will see.
     """
 
     task: str
@@ -37,6 +41,7 @@ class TaskSummary:
     release: str | None
     outlook: str
     damaged_lines: int
+    sees: Sees = "message"
 
     def to_json(self) -> Json:
         """The summary as `--json` prints it."""
@@ -53,7 +58,7 @@ def summarise(settings: Settings) -> list[TaskSummary]:
 def _summary(settings: Settings, reader: LogReader, task: str) -> TaskSummary:
     read = reader.exchanges(task)
     policy = settings.for_task(task) if task not in RESERVED_TASKS else TaskSettings(name=task)
-    dataset = build_dataset(read.exchanges, comparison(policy.agreement))
+    dataset = build_dataset(read.exchanges, comparison(policy.agreement), policy.student.sees)
     answers = dataset.answers
     prices = [
         e.teacher.cost_usd
@@ -76,6 +81,7 @@ def _summary(settings: Settings, reader: LogReader, task: str) -> TaskSummary:
         release=live.release if live is not None else None,
         outlook=_outlook(settings, task, policy, dataset),
         damaged_lines=read.damaged,
+        sees=policy.student.sees,
     )
 
 
@@ -95,7 +101,8 @@ def _outlook(settings: Settings, task: str, policy: TaskSettings, dataset: Datas
         return "no: the overflow of server.max_tasks is never learned"
     if not dataset.rows and dataset.left_out:
         reason, count = dataset.left_out.most_common(1)[0]
-        return f"no: {count} exchanges can't be used ({reason})"
+        hint = f"; {_SEE_MORE}" if reason == "unsupported: turns" and policy.student.sees == "message" else ""
+        return f"no: {count} exchanges can't be used ({reason}{hint})"
     waiting = not_due(dataset, LookJournal(settings.state_dir, task).past(), policy)
     if waiting is None:
         return "yes: a look is due"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from distillation.dataset import Row, known_answers, token_estimate
 from distillation.linear_training import TermCounts
 from serving.linear import LinearStudent
+from serving.sight import Sees
 
 FOLDS = 5
 
@@ -34,9 +35,13 @@ class CrossFit:
 
 
 def cross_fit(
-    rows: Sequence[Row], *, seed: int, progress: Callable[[str], None] = lambda _: None
+    rows: Sequence[Row],
+    *,
+    seed: int,
+    sees: Sees = "message",
+    progress: Callable[[str], None] = lambda _: None,
 ) -> CrossFit:
-    """Fit `FOLDS` students and the one for release. `seed` deals the rows into folds.
+    """Fit `FOLDS` students and the one for release. `seed` deals the rows into folds; `sees` is how they were seen.
 
     Raises ValueError when no row has an answer a student could give.
     """
@@ -59,13 +64,13 @@ def cross_fit(
         training = np.flatnonzero((folds != fold) & teaches)
         if len(training) == 0:
             continue  # nothing to learn from: its rows keep −∞ and are never accepted
-        student = counts.fit(training, answers[training], known, tokens)
+        student = counts.fit(training, answers[training], known, tokens, sees)
         for index in np.flatnonzero(folds == fold):
             prediction = student.predict(rows[int(index)].text)
             scores[index] = prediction.score
             predicted[index] = student.answers[prediction.index].key
     progress("fitting the student on all labels")
     everything = np.flatnonzero(teaches)
-    student = counts.fit(everything, answers[everything], known, tokens)
+    student = counts.fit(everything, answers[everything], known, tokens, sees)
     agreed = np.array([key == row.answer for key, row in zip(predicted, rows, strict=True)], dtype=np.bool_)
     return CrossFit(scores, predicted, agreed, student)

@@ -56,10 +56,11 @@ def take_look(
     """Fit, score out of fold, and test the promise with what look `number` may spend.
 
     `past` holds every release the dataset's traffic met (see `Dataset.without_period`). `seed` deals folds and thins.
-    Raises ValueError when there is nothing to learn from.
+    The dataset is what a student sees that sees as `policy` says. Raises ValueError when there is nothing to learn
+    from.
     """
     propensity = _propensity(dataset, past)
-    fitted = cross_fit(dataset.rows, seed=seed, progress=progress)
+    fitted = cross_fit(dataset.rows, seed=seed, sees=policy.student.sees, progress=progress)
     delta = spent(number, 1.0 - policy.certainty)
     forbidden = _forbidden(policy)
     # Answers that always go to the teacher are never served: they rank below everything.
@@ -106,7 +107,7 @@ def _propensity(dataset: Dataset, past: Mapping[str, PastRelease]) -> NDArray[np
         accepted = np.zeros(len(dataset.rows), dtype=np.bool_)
         if name is not None:
             release = past[name]
-            accepted[:] = [release.accepts(row.id, row.text) for row in dataset.rows]
+            accepted[:] = [release.accepts_row(row) for row in dataset.rows]
         periods.append(Period(traffic.exchanges, traffic.audit_rate, accepted))
     return pooled_propensity(periods)
 

@@ -90,7 +90,7 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         policy = settings.for_task(task)
         progress(f"{task}: reading the log")
         exchanges = reader.exchanges(task).exchanges
-        dataset = build_dataset(exchanges, comparison(policy.agreement))
+        dataset = build_dataset(exchanges, comparison(policy.agreement), policy.student.sees)
         waiting = not_due(dataset, journal.past(), policy)
         past: dict[str, PastRelease] = {}
         if waiting is None:

@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from routers.logistic import Logistic, fit_logistic
 from serving.linear import KnownAnswer, LinearStudent, TokenEstimate
+from serving.sight import Sees
 from serving.text_terms import terms
 
 INVERSE_PENALTY = 40.0
@@ -39,18 +40,28 @@ class TermCounts:
         self.character_names, self._characters = _count([characters for _, characters in split])
 
     def fit(
-        self, rows: Ints, answers: Ints, known: Sequence[KnownAnswer], tokens: TokenEstimate
+        self,
+        rows: Ints,
+        answers: Ints,
+        known: Sequence[KnownAnswer],
+        tokens: TokenEstimate,
+        sees: Sees = "message",
     ) -> LinearStudent:
         """Fit a student to the texts numbered `rows` int[m], whose answers are `known[answers[i]]`, int[m].
 
-        The student knows only the answers among `answers`. Takes one core: the others are the gateway's, and BLAS
-        threads that have to wait for one spin.
+        The student knows only the answers among `answers`, and sees of requests what `sees` says. Takes one core: the
+        others are the gateway's, and BLAS threads that have to wait for one spin.
         """
         with threadpool_limits(1):
-            return self._fit(rows, answers, known, tokens)
+            return self._fit(rows, answers, known, tokens, sees)
 
     def _fit(
-        self, rows: Ints, answers: Ints, known: Sequence[KnownAnswer], tokens: TokenEstimate
+        self,
+        rows: Ints,
+        answers: Ints,
+        known: Sequence[KnownAnswer],
+        tokens: TokenEstimate,
+        sees: Sees = "message",
     ) -> LinearStudent:
         word_columns, word_idf, words = _tfidf(self._words[rows])
         character_columns, character_idf, characters = _tfidf(self._characters[rows])
@@ -67,6 +78,7 @@ class TermCounts:
             intercept=fitted.intercept.astype(np.float32),
             answers=[known[index] for index in fitted.classes],
             tokens=tokens,
+            sees=sees,
         )
 
 

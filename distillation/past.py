@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 import orjson
 
+from distillation.dataset import Row
 from routers.router import Router
 from serving.errors import DamagedRelease
 from serving.linear import LinearStudent
 from serving.releases import ReleaseStore
+from serving.sight import seen_text, unsupported
 
 HELD_OUT_FILE = "held_out.json"
 ROUTER_FILE = "router.json"
@@ -33,6 +35,13 @@ class PastRelease:
         """Whether the release would have answered, had it not been fitted on this exchange."""
         scored = self.held_out.get(id)
         return self.router.decide(*(self.score(text) if scored is None else scored)).accepted
+
+    def accepts_row(self, row: Row) -> bool:
+        """Whether the release would have answered a row's request, by what this release's own student sees of it."""
+        sees = self.student.sees
+        if row.request is None:
+            return self.accepts(row.id, row.text)
+        return unsupported(row.request, sees) is None and self.accepts(row.id, seen_text(row.request, sees))
 
     def score(self, text: str) -> tuple[float, str]:
         """The student's score and answer key for a text. Remembered: every look scores the whole log again."""

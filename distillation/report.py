@@ -20,6 +20,7 @@ def report_card(look: Look, dataset: Dataset, policy: TaskPolicy, *, releases_so
     models = Counter(row.teacher_model for row in dataset.rows if row.teacher_model is not None)
     return {
         "student": policy.student.kind,
+        "sees": policy.student.sees,
         "agreement_kind": policy.agreement.kind,
         "max_disagreement": policy.max_disagreement,
         "certainty": policy.certainty,

@@ -52,7 +52,7 @@ class SimulatedLearner:
         most = sum(one.teacher is not None or one.audit == "missing" for one in exchanges)
         if most < labels_needed(self.looks, self.policy.max_disagreement, self.policy.certainty):
             return None  # as `not_due` will say, but without reading the whole log
-        dataset = build_dataset(exchanges, comparison(self.policy.agreement))
+        dataset = build_dataset(exchanges, comparison(self.policy.agreement), self.policy.student.sees)
         if not_due(dataset, self.looks, self.policy) is not None:
             return None
         number = next_look(self.looks)

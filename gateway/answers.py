@@ -138,7 +138,7 @@ class Answers:
         try:
             feature = release.student.unsupported(turn.chat.body)
             if feature is not None:
-                turn.spoiled = True
+                # It counts: the teacher answers for certain, and a student that sees more may be learned from it.
                 if forced == STUDENT:
                     raise RequestError(
                         f"{names.ROUTE_HEADER}: student was asked for, but the student of task {turn.task} "

@@ -4,7 +4,8 @@ What it holds is fitted by `distillation.linear_training` and lies in two files 
 
 - `student.npz`: `vocabulary` (uint8, the terms in UTF-8, one a line, words before characters), `words` (how many of
   them are word terms), `idf` (float32[F]), `weights` (float32[F, K]) and `intercept` (float32[K])
-- `student.json`: the K answers it can give, each in the teacher's own form, and how to estimate the teacher's tokens
+- `student.json`: the K answers it can give, each in the teacher's own form, how to estimate the teacher's tokens, and
+  what of a request it sees (`serving.sight`)
 
 F features, K answers. No pickle: a file from elsewhere can't run code.
 """
@@ -18,7 +19,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import orjson
@@ -26,14 +26,16 @@ from numpy.typing import NDArray
 
 from serving.errors import DamagedRelease
 from serving.exchange import Json, StudentAnswer
+from serving.sight import SIGHTS, Sees, seen_text, spoken_characters, unsupported
 from serving.text_terms import terms
 
 Floats = NDArray[np.float32]
 
 SCHEMA = 1
+SCHEMA_WITH_SIGHT = 2
+"""For students that see anything but `message`: a version that doesn't know of that mustn't serve them."""
 ARRAYS_FILE = "student.npz"
 ANSWERS_FILE = "student.json"
-_SYSTEM_ROLES = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +53,17 @@ class KnownAnswer:
 
 @dataclass(frozen=True, slots=True)
 class TokenEstimate:
-    """The teacher's prompt tokens for a text: `fixed + per_character × characters`, fitted on the log's usage."""
+    """The teacher's prompt tokens for a request: `fixed + per_character × characters`, fitted on the log's usage.
+
+    The characters are those of all turns (`serving.sight.spoken_characters`), whatever the student sees of them.
+    """
 
     fixed: float
     per_character: float
 
-    def prompt_tokens(self, text: str) -> int:
-        """The estimate for one user message, in tokens."""
-        return max(0, round(self.fixed + self.per_character * len(text)))
+    def prompt_tokens(self, characters: int) -> int:
+        """The estimate for one request, in tokens."""
+        return max(0, round(self.fixed + self.per_character * characters))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +93,10 @@ class LinearStudent:
         intercept: Floats,
         answers: list[KnownAnswer],
         tokens: TokenEstimate,
+        sees: Sees = "message",
     ) -> None:
         self.answers = answers
+        self.sees: Sees = sees
         self._word_columns = {term: column for column, term in enumerate(vocabulary[:words])}
         self._character_columns = {term: words + column for column, term in enumerate(vocabulary[words:])}
         self._vocabulary = vocabulary
@@ -133,15 +140,14 @@ class LinearStudent:
 
     def unsupported(self, request: Json) -> str | None:
         """The feature of `request` this student can't serve, or None."""
-        return unsupported(request)
+        return unsupported(request, self.sees)
 
     async def answer(self, request: Json) -> StudentAnswer:
         """Answer a supported request, inline: it takes about a tenth of a millisecond."""
         started = time.perf_counter()
-        text = user_text(request)
-        prediction = self.predict(text)
+        prediction = self.predict(seen_text(request, self.sees))
         known = self.answers[prediction.index]
-        prompt_tokens = self._tokens.prompt_tokens(text)
+        prompt_tokens = self._tokens.prompt_tokens(spoken_characters(request))
         return StudentAnswer(
             model="linear",
             choices=known.choices,
@@ -169,9 +175,11 @@ class LinearStudent:
             weights=self._weights,
             intercept=self._intercept,
         )
+        sight = {} if self.sees == "message" else {"sees": self.sees}
         answers = {
-            "schema": SCHEMA,
+            "schema": SCHEMA_WITH_SIGHT if sight else SCHEMA,
             "kind": "linear",
+            **sight,
             "answers": [
                 {"key": a.key, "choices": a.choices, "completion_tokens": a.completion_tokens}
                 for a in self.answers
@@ -196,10 +204,13 @@ class LinearStudent:
 
     @classmethod
     def _read(cls, described: Json, data: bytes) -> LinearStudent:
-        if described["schema"] != SCHEMA:
+        if described["schema"] not in (SCHEMA, SCHEMA_WITH_SIGHT):
             raise DamagedRelease(
-                f"{ANSWERS_FILE} has schema {described['schema']!r}, this version reads {SCHEMA}"
+                f"{ANSWERS_FILE} has schema {described['schema']!r}, this version reads up to {SCHEMA_WITH_SIGHT}"
             )
+        sees = "message" if described["schema"] == SCHEMA else described["sees"]
+        if sees not in SIGHTS:
+            raise DamagedRelease(f"{ANSWERS_FILE} sees {sees!r}, this version knows {', '.join(SIGHTS)}")
         tokens = described["tokens"]
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return cls(
@@ -217,6 +228,7 @@ class LinearStudent:
                     for a in described["answers"]
                 ],
                 tokens=TokenEstimate(float(tokens["fixed"]), float(tokens["per_character"])),
+                sees=sees,
             )
 
     def _check(self) -> None:
@@ -240,44 +252,6 @@ class LinearStudent:
         for answer in self.answers:
             if not (isinstance(answer.key, str) and _are_choices(answer.choices)):
                 raise DamagedRelease(f"{ANSWERS_FILE} holds something that isn't an answer: {answer}")
-
-
-def unsupported(request: Json) -> str | None:
-    """The first feature of `request` a linear student can't serve, or None.
-
-    It has seen one user message, as text, behind any instructions; it answers once, with a known answer.
-    """
-    if request.get("tools") or request.get("functions"):
-        return "tools"
-    if request.get("n") not in (None, 1):
-        return "n"
-    if request.get("logprobs") or request.get("top_logprobs"):
-        return "logprobs"
-    if request.get("audio") or request.get("modalities") not in (None, [], ["text"]):
-        return "audio"
-    if request.get("logit_bias"):
-        return "logit_bias"
-    if request.get("web_search_options") is not None:
-        return "web_search"
-    turns = [m for m in request.get("messages", ()) if m.get("role") not in _SYSTEM_ROLES]
-    if len(turns) != 1 or turns[0].get("role") != "user" or request["messages"][-1] is not turns[0]:
-        return "turns"
-    content = turns[0].get("content")
-    if isinstance(content, str):
-        return None
-    if isinstance(content, list) and content and all(_is_text(part) for part in content):
-        return None
-    return "content"
-
-
-def user_text(request: Json) -> str:
-    """The one user message of a supported request, as text."""
-    content: Any = request["messages"][-1]["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _is_text(part: object) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _are_choices(value: object) -> bool:

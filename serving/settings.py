@@ -30,6 +30,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from serving.errors import ConfigError
 from serving.redis_url import RedisUrl
+from serving.sight import Sees
 
 DEFAULT_FILE = Path("understudy.toml")
 ENV_PREFIX = "UNDERSTUDY_"
@@ -211,6 +212,9 @@ class StudentChoice(Section):
     """Which student a task gets."""
 
     kind: Literal["linear"] = "linear"
+    sees: Sees = Field(
+        "message", description="what of a conversation the student sees; acts with the next release"
+    )
 
 
 class AgreementChoice(Section):

@@ -105,8 +105,8 @@ def test_what_the_student_doesnt_support_goes_to_the_teacher(live: Start) -> Non
     assert answer.headers["x-understudy-route"] == "teacher"
     assert answer.headers["x-understudy-reason"].startswith("unsupported:")
     (exchange,) = running.exchanges()
-    assert not exchange.eligible
-    assert exchange.propensity is None
+    assert exchange.eligible
+    assert exchange.propensity == 1.0
     assert running.metric("understudy_requests_total", reason="unsupported") == 1
     refused = running.post(json=body("parcel lost", n=2), headers={"x-understudy-route": "student"})
     assert refused.status_code == 400

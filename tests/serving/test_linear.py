@@ -28,9 +28,8 @@ from serving.linear import (
     KnownAnswer,
     LinearStudent,
     TokenEstimate,
-    unsupported,
-    user_text,
 )
+from serving.sight import seen_text, unsupported
 
 PHRASES = {
     "lost": ["where is my {} card", "my {} card is gone", "I lost the {} card", "can't find my {} card"],
@@ -255,7 +254,7 @@ class TestAnswer:
         assert answer.signals == {"probability": prediction.probability, "entropy": prediction.entropy}
 
     def test_a_negative_estimate_is_no_tokens(self) -> None:
-        assert TokenEstimate(fixed=-3.0, per_character=0.1).prompt_tokens("abc") == 0
+        assert TokenEstimate(fixed=-3.0, per_character=0.1).prompt_tokens(3) == 0
 
 
 Files = dict[str, bytes]
@@ -417,10 +416,10 @@ class TestUnsupported:
             (asked(USER, web_search_options={}), "web_search"),
             (asked(USER, {"role": "assistant", "content": "hi"}, USER), "turns"),
             (asked(USER, USER), "turns"),
-            (asked(USER, {"role": "system", "content": "and now"}), "turns"),
+            (asked(USER, {"role": "system", "content": "and now"}), "system"),
             (asked({"role": "system", "content": "only"}), "turns"),
-            (asked({"role": "assistant", "content": "hello"}), "turns"),
-            (asked({"role": "tool", "content": "x", "tool_call_id": "1"}), "turns"),
+            (asked({"role": "assistant", "content": "hello"}), "prefill"),
+            (asked({"role": "tool", "content": "x", "tool_call_id": "1"}), "tools"),
             (asked({"role": "user", "content": None}), "content"),
             (asked({"role": "user"}), "content"),
             (asked({"role": "user", "content": 5}), "content"),
@@ -437,7 +436,7 @@ class TestUnsupported:
 
     def test_the_text_of_parts(self) -> None:
         parts = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
-        assert user_text(asked({"role": "user", "content": parts})) == "hello"
+        assert seen_text(asked({"role": "user", "content": parts})) == "hello"
 
 
 json_values = st.recursive(
@@ -472,5 +471,5 @@ def test_whatever_a_client_may_send_is_refused_or_answered(
         assert asyncio.run(student.answer(request)).choices == next(
             a.choices
             for a in student.answers
-            if a is student.answers[student.predict(user_text(request)).index]
+            if a is student.answers[student.predict(seen_text(request)).index]
         )
