@@ -172,7 +172,7 @@ class Cache:
         """Give a lease back without an answer, so that nobody waits for one. Never waits."""
         if self._redis is not None and lease.token is not None:
             command = leases.release(self._names(lease.key), lease.token)
-            self._redis.write(command, len(lease.key), lambda _: None)
+            self._redis.write(command, len(lease.key), lambda _: None, takes_room=False)
 
     async def aclose(self) -> None:
         """Write what is still to be written, and let go of Redis. May be called twice."""

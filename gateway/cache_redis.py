@@ -44,28 +44,18 @@ class RedisLevel:
         tls = tls_context(url)
         limit_s = 1.5 * patience_s
         self._presence = Presence(lambda: connect(url, tls), patience_s=patience_s)
-        self._reads = Lane[tuple[str, ...], tuple[bytes | None, ...]](
-            self._read, self._presence.lost, patience_s=patience_s, limit_s=limit_s
-        )
-        self._calls = Lane[Command, Reply](
-            self._call, self._presence.lost, patience_s=patience_s, limit_s=limit_s
-        )
+        self._reads = Lane(self._presence, _read, patience_s=patience_s, limit_s=limit_s)
+        self._calls = Lane(self._presence, _call, patience_s=patience_s, limit_s=limit_s)
         self._writes: deque[_Write] = deque()
         self._write_bytes = 0
         self._writer: asyncio.Task[None] | None = None
         self._write_rest_s = _FIRST_WRITE_REST_S
         self._no_write_before = 0.0
+        self._closed = False
         self._presence.start()
-
-    @property
-    def present(self) -> bool:
-        """Whether Redis can be used at the moment."""
-        return self._presence.client is not None
 
     async def read(self, *names: str) -> tuple[bytes | None, ...] | None:
         """Return what stands under names of one slot, all at one moment; None if Redis can't be asked."""
-        if self._presence.client is None:
-            return None
         try:
             return await self._reads.ask(names)
         except RedisLost:
@@ -73,23 +63,24 @@ class RedisLevel:
 
     async def call(self, command: Command) -> int | None:
         """Run a command whose reply is a number; None if Redis can't be asked, or refuses."""
-        if self._presence.client is None:
-            return None
         try:
             reply = await self._calls.ask(command)
         except RedisLost:
             return None
         return reply if isinstance(reply, int) else None
 
-    def write(self, command: Command, size: int, done: Callable[[CachePut], None]) -> None:
+    def write(
+        self, command: Command, size: int, done: Callable[[CachePut], None], *, takes_room: bool = True
+    ) -> None:
         """Run a command of `size` bytes in the background; `done` is told what came of it.
 
         A reply of 0 is `fenced`; `dropped` is what Redis never saw or never answered, for want of room or of
-        Redis.
+        Redis. What takes no room in Redis is tried even while it is full.
         """
         if (
-            self._presence.client is None
-            or time.monotonic() < self._no_write_before
+            self._closed
+            or self._presence.client is None
+            or (takes_room and time.monotonic() < self._no_write_before)
             or len(self._writes) >= _MOST_WRITES
             or self._write_bytes + size > _MOST_WRITE_BYTES
         ):
@@ -104,47 +95,40 @@ class RedisLevel:
         """Write what waits, then close everything; within two seconds or so. May be called twice."""
         if self._writer is not None:
             await asyncio.wait([self._writer], timeout=_WRITE_PATIENCE_S)
-            if self._writer is not None:
-                self._writer.cancel()
-                await asyncio.wait([self._writer])
+        self._closed = True
+        if self._writer is not None:
+            self._writer.cancel()
+            await asyncio.wait([self._writer])
         await self._reads.aclose()
         await self._calls.aclose()
         await self._presence.aclose()
 
-    async def _read(self, questions: list[tuple[str, ...]]) -> list[tuple[bytes | None, ...]]:
-        values = iter(await self._present_client().get([name for names in questions for name in names]))
-        return [tuple(next(values) for _ in names) for names in questions]
-
-    async def _call(self, commands: list[Command]) -> list[Reply]:
-        return await self._present_client().run(commands)
-
-    def _present_client(self) -> RedisClient:
-        client = self._presence.client
-        if client is None:
-            raise RedisLost("it is lost for the moment")
-        return client
-
     async def _write_all(self) -> None:
         batch: list[_Write] = []
+        client = None
         try:
             while self._writes:
+                client = self._presence.client
+                if client is None:
+                    break
                 batch = self._next_writes()
                 async with asyncio.timeout(_WRITE_PATIENCE_S):
-                    replies = await self._present_client().run([write.command for write in batch])
+                    replies = await client.run([write.command for write in batch])
                 for write, reply in zip(batch, replies, strict=True):
                     write.done(_outcome(reply))
-                self._after_writes(replies)
                 batch = []
-        except TimeoutError:
-            self._presence.lost(RedisLost("it didn't take a write in time"))
-        except RedisLost as lost:
-            self._presence.lost(lost)
+                self._after_writes(replies)
+        except (TimeoutError, RedisLost) as error:
+            if client is not None:
+                why = error if isinstance(error, RedisLost) else RedisLost("it didn't take a write in time")
+                self._presence.lost(client, why)
         finally:
-            for write in (*batch, *self._writes):
-                write.done("dropped")
+            left = [*batch, *self._writes]
             self._writes.clear()
             self._write_bytes = 0
             self._writer = None
+            for write in left:
+                write.done("dropped")
 
     def _next_writes(self) -> list[_Write]:
         batch: list[_Write] = []
@@ -166,6 +150,15 @@ class RedisLevel:
         self._write_rest_s = min(2 * self._write_rest_s, _LONGEST_WRITE_REST_S)
         if "READONLY" in refused or "ReadOnlyError" in refused:
             self._presence.renew()
+
+
+async def _read(client: RedisClient, questions: list[tuple[str, ...]]) -> list[tuple[bytes | None, ...]]:
+    values = iter(await client.get([name for names in questions for name in names]))
+    return [tuple(next(values) for _ in names) for names in questions]
+
+
+async def _call(client: RedisClient, commands: list[Command]) -> list[Reply]:
+    return await client.run(commands)
 
 
 def _outcome(reply: Reply) -> CachePut:

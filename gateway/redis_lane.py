@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from gateway.redis_client import RedisLost
+from gateway.redis_client import RedisClient, RedisLost
+from gateway.redis_presence import Presence
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -30,27 +31,29 @@ class _Waiting(Generic[Q, A]):
 class Lane(Generic[Q, A]):
     """Sends questions in batches, one after the other, each within its time.
 
-    `send` answers a batch in order, or raises RedisLost. A batch gets `patience_s`, and less if its oldest
-    question has waited before: none waits longer than `limit_s`.
+    `send` answers a batch in order, or raises RedisLost; then `presence` is told. A batch gets `patience_s`,
+    and less if its oldest question has waited before: none waits longer than `limit_s`.
     """
 
     def __init__(
         self,
-        send: Callable[[list[Q]], Awaitable[list[A]]],
-        on_lost: Callable[[RedisLost], None],
+        presence: Presence,
+        send: Callable[[RedisClient, list[Q]], Awaitable[list[A]]],
         *,
         patience_s: float,
         limit_s: float,
     ) -> None:
+        self._presence = presence
         self._send = send
-        self._on_lost = on_lost
         self._patience_s = patience_s
         self._limit_s = limit_s
         self._gathering: list[_Waiting[Q, A]] = []
         self._running: asyncio.Task[None] | None = None
 
     async def ask(self, question: Q) -> A:
-        """Return the answer, or raise RedisLost."""
+        """Return the answer, or raise RedisLost; at once while Redis is known to be lost."""
+        if self._presence.client is None:
+            raise RedisLost("it is lost for the moment")
         loop = asyncio.get_running_loop()
         waiting: _Waiting[Q, A] = _Waiting(question, loop.create_future(), loop.time())
         self._gathering.append(waiting)
@@ -66,17 +69,22 @@ class Lane(Generic[Q, A]):
 
     async def _run(self) -> None:
         batch: list[_Waiting[Q, A]] = []
+        client = None
         try:
             while self._gathering:
+                client = self._presence.client
+                if client is None:
+                    break
                 batch = self._gathering[:_MOST_AT_ONCE]
                 del self._gathering[:_MOST_AT_ONCE]
-                answers = await self._in_time([item.question for item in batch], batch[0].since)
+                answers = await self._in_time(client, [item.question for item in batch], batch[0].since)
                 for item, answer in zip(batch, answers, strict=True):
                     # One whose request has ended in the meantime is done already.
                     if not item.answer.done():
                         item.answer.set_result(answer)
-        except RedisLost as lost:
-            self._on_lost(lost)
+        except RedisLost as why:
+            if client is not None:
+                self._presence.lost(client, why)
         finally:
             # Those that gathered behind a batch that failed would only fail later.
             for item in (*batch, *self._gathering):
@@ -85,10 +93,10 @@ class Lane(Generic[Q, A]):
             self._gathering = []
             self._running = None
 
-    async def _in_time(self, questions: list[Q], since: float) -> list[A]:
+    async def _in_time(self, client: RedisClient, questions: list[Q], since: float) -> list[A]:
         loop = asyncio.get_running_loop()
         deadline = min(loop.time() + self._patience_s, since + self._limit_s)
-        sending = asyncio.ensure_future(self._send(questions))
+        sending = asyncio.ensure_future(self._send(client, questions))
         try:
             done, _ = await asyncio.wait([sending], timeout=max(0.0, deadline - loop.time()))
             if not done and loop.time() - deadline > _GRACE_S:

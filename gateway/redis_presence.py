@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -14,8 +15,9 @@ log = logging.getLogger("understudy.cache")
 
 _FIRST_REST_S = 0.1
 _LONGEST_REST_S = 2.0
-_STEADY_S = 10.0
+_STEADY_RESTS = 10
 _ATTEMPT_S = 3.0
+_LINGER_S = 3.0
 _PROBE = "understudy:cache:probe"
 
 
@@ -36,8 +38,10 @@ class Presence:
         self._client: RedisClient | None = None
         self._since = 0.0
         self._rest_s = _FIRST_REST_S
+        self._last_rest_s = 0.0
         self._trying: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._closed = asyncio.Event()
         self._told = False
 
     @property
@@ -49,16 +53,16 @@ class Presence:
         """Begin to connect."""
         self._try(after_s=0.0)
 
-    def lost(self, why: RedisLost) -> None:
-        """Note that Redis can't be used."""
-        if self._client is None:
+    def lost(self, client: RedisClient, why: RedisLost) -> None:
+        """Note that Redis can't be used through this client, which may have been replaced already."""
+        if self._client is not client:
             return
         if not self._told:
             self._told = True
             log.warning("Redis can't be used: %s; answers are served without it until it is back", why)
         self._let_go(self._client)
         self._client = None
-        if time.monotonic() - self._since > _STEADY_S:
+        if time.monotonic() - self._since > _STEADY_RESTS * self._last_rest_s:
             self._rest_s = _FIRST_REST_S
         self._try(after_s=self._next_rest_s())
 
@@ -68,6 +72,7 @@ class Presence:
 
     async def aclose(self) -> None:
         """Close everything. May be called twice."""
+        self._closed.set()
         if self._trying is not None:
             self._trying.cancel()
             await asyncio.wait([self._trying])
@@ -99,7 +104,8 @@ class Presence:
             before, self._client = self._client, client
             self._since = time.monotonic()
             if before is not None:
-                self._let_go(before)
+                # Somebody may be waiting for an answer through it.
+                self._let_go(before, after_s=_LINGER_S)
             elif self._told:
                 self._told = False
                 log.warning("Redis is back")
@@ -125,12 +131,17 @@ class Presence:
             raise
 
     def _next_rest_s(self) -> float:
-        rest_s = self._rest_s
+        rest_s = self._last_rest_s = self._rest_s
         self._rest_s = min(2 * rest_s, _LONGEST_REST_S)
         # Gateways that lost it together don't come back together.
         return rest_s * random.uniform(0.75, 1.0)
 
-    def _let_go(self, client: RedisClient) -> None:
-        closing = asyncio.create_task(client.aclose(), name="redis close")
+    def _let_go(self, client: RedisClient, *, after_s: float = 0.0) -> None:
+        closing = asyncio.create_task(self._close(client, after_s), name="redis close")
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
+
+    async def _close(self, client: RedisClient, after_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._closed.wait(), after_s)
+        await client.aclose()

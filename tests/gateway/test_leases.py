@@ -122,13 +122,18 @@ def test_a_leader_that_fails_frees_the_others_at_once(redis: Any) -> None:
 def test_an_answer_that_can_not_be_kept_frees_the_others_too(redis: Any) -> None:
     async def main() -> None:
         server = redis()
+        began = time.monotonic()
         async with replicas(server.url) as (one, other):
             one.put("a", an_answer("x" * 2_000_000), lease=await taken(one))
             assert await other.awaited("a") is None
-            lease = await taken(other, "b")
+            lease, another = await taken(other, "b"), await taken(other, "c")
             server.command("CONFIG", "SET", "maxmemory", 1)
             other.put("b", an_answer(), lease=lease)
             assert await one.awaited("b") is None
+            # Redis is known to be full now, and isn't asked to keep this one at all.
+            other.put("c", an_answer(), lease=another)
+            assert await one.awaited("c") is None
+        assert time.monotonic() - began < 50, "somebody waited for the end of a lease"
 
     run(main())
 
