@@ -11,6 +11,7 @@ import asyncio
 import functools
 import time
 from collections.abc import AsyncGenerator
+from typing import TypeGuard
 
 import orjson
 
@@ -79,9 +80,9 @@ class Sharing:
         """Answer a request. Raises as `Answers.make` does."""
         if not control.read:
             self._metrics.record_cache(turn.task, "bypass")
-            return await self._lead(turn, key, fresh=True)
+            return await self._lead(turn, key, control)
         found = await self._cache.get(key, max_age_s=control.max_age_s)
-        if found.answer is not None and found.answer.release == (turn.release.name if turn.release else None):
+        if _fits(found.answer, turn):
             self._metrics.record_cache(turn.task, "hit")
             return self._hit(turn, found.answer)
         for _ in range(_FOLLOWED_AT_MOST):
@@ -94,7 +95,7 @@ class Sharing:
                 return reply
             self.flights.close(key, flight)
         self._metrics.record_cache(turn.task, "error" if found.outcome == "error" else "miss")
-        return await self._lead(turn, key)
+        return await self._lead(turn, key, control)
 
     def _hit(self, turn: Turn, answer: CachedAnswer) -> Reply:
         turn.replay(answer, "hit")
@@ -140,8 +141,8 @@ class Sharing:
             turn.waited_s += time.perf_counter() - began
         return True
 
-    async def _lead(self, turn: Turn, key: str, *, fresh: bool = False) -> Reply:
-        flight = self.flights.start(key, turn, functools.partial(self._make, key, fresh))
+    async def _lead(self, turn: Turn, key: str, control: CacheControl) -> Reply:
+        flight = self.flights.start(key, turn, functools.partial(self._make, key, control))
         flight.board()
         try:
             while not _may_begin(turn, flight):
@@ -206,21 +207,21 @@ class Sharing:
             self._settle(turn)
         yield SSE_DONE
 
-    async def _make(self, key: str, fresh: bool, flight: Flight) -> None:
+    async def _make(self, key: str, control: CacheControl, flight: Flight) -> None:
         """Make the answer of a flight, log it, and keep it."""
         turn = flight.turn
         turn.shared = True
         lease, source, error = None, None, None
         try:
-            if not fresh:
-                lease = await self._cache.lease(key)
+            if control.read:
+                lease = await self._cache.lease(key, max_age_s=control.max_age_s)
                 if lease is None:
-                    answer = await self._cache.awaited(key)
-                    if answer is not None:
+                    theirs = await self._cache.awaited(key, max_age_s=control.max_age_s)
+                    if _fits(theirs, turn):
                         flight.elsewhere = True
-                        flight.arrive(answer)
+                        flight.arrive(theirs)
                         return
-                    lease = await self._cache.lease(key)
+                    lease = await self._cache.lease(key, max_age_s=control.max_age_s)
             source = await self._answers.make(turn)
             flight.headers = source.headers
             raw = None
@@ -252,6 +253,10 @@ class Sharing:
 
 def _may_begin(turn: Turn, flight: Flight) -> bool:
     return flight.over or (turn.chat.stream and flight.begun)
+
+
+def _fits(answer: CachedAnswer | None, turn: Turn) -> TypeGuard[CachedAnswer]:
+    return answer is not None and answer.release == (turn.release.name if turn.release else None)
 
 
 def _is_everybodys(error: Exception, turn: Turn, leader: Turn) -> bool:

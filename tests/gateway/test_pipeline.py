@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,12 +17,13 @@ from gateway.attempts import Attempts
 from gateway.audits import Audits
 from gateway.auth import Caller, Gate
 from gateway.cache import Cache
+from gateway.flight import Flight
 from gateway.ledger import Ledger
 from gateway.live import LiveReleases
 from gateway.metrics import Metrics
 from gateway.pipeline import Pipeline
 from gateway.tasks import Tasks
-from gateway.turn import Arrival
+from gateway.turn import Arrival, Turn
 from serving.disk import Disk
 from serving.exchange import Exchange
 from serving.layout import task_names
@@ -91,7 +93,11 @@ def settings(
     teacher = stand_in({"parcel lost": "lost"})
     given: dict[str, Any] = {
         "state_dir": tmp_path / "state",
-        "teacher": {"base_url": f"{teacher.url}/v1", "api_key_env": "TEACHER_KEY"},
+        "teacher": {
+            "base_url": f"{teacher.url}/v1",
+            "api_key_env": "TEACHER_KEY",
+            "price": {"input": 10.0, "output": 30.0},
+        },
         "task": [{"name": "intents", "match": {"model": "intents"}, "audit_rate": 1.0}],
     }
     return Settings(**given), teacher
@@ -145,3 +151,55 @@ def test_a_client_that_leaves_while_its_answer_is_logged_owes_nothing(settings: 
     assert exchange.cancelled
     assert not exchange.audit_owed
     assert teacher.stats()["chat"] == 0
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds; fail after ten seconds."""
+    async with asyncio.timeout(10):
+        while not await asyncio.to_thread(holds):  # noqa: ASYNC110 - it happens in another thread
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("leaving", [0, 100, 200])
+def test_a_crowd_leaves_nothing_behind(
+    settings: tuple[Settings, Any], stand_in: Start, monkeypatch: pytest.MonkeyPatch, leaving: int
+) -> None:
+    given, _ = settings
+    teacher = stand_in({"what is this": "something long to say"}, latency_ms=400, latency_spread=0.0)
+    monkeypatch.setenv("UNDERSTUDY_TEACHER__BASE_URL", f"{teacher.url}/v1")
+    given = Settings(**given.model_dump(exclude_unset=True))
+
+    async def ask(pipeline: Pipeline, stream: bool) -> bytes:
+        messages = [{"role": "user", "content": "what is this"}]
+        reply = await pipeline.serve(arrival(temperature=0, stream=stream, messages=messages))
+        said = reply.body or b""
+        delivered = False
+        try:
+            if reply.frames is not None:
+                said = b"".join([frame async for frame in reply.frames])
+            delivered = True
+        finally:
+            await reply.finish(delivered)
+        return said
+
+    async def serve() -> None:
+        async with running(given, Disk()) as pipeline:
+            before = asyncio.all_tasks()
+            crowd = [asyncio.create_task(ask(pipeline, stream=bool(i % 2))) for i in range(200)]
+            await until(lambda: teacher.stats()["chat"] == 1)
+            gone = [one.cancel() for one in crowd[:leaving]]
+            answers = await asyncio.gather(*crowd, return_exceptions=True)
+            assert sum(isinstance(one, asyncio.CancelledError) for one in answers) == len(gone)
+            assert all(b"long" in one for one in answers if isinstance(one, bytes))
+            del crowd, answers  # the tracebacks of those that were cancelled hold what was in use then
+            left = asyncio.all_tasks() - before
+            if left:
+                await asyncio.wait(left, timeout=10)
+            assert asyncio.all_tasks() == before
+        gc.collect()
+        assert not [one for one in gc.get_objects() if isinstance(one, Flight | Turn)]
+
+    asyncio.run(serve())
+    assert teacher.stats()["chat"] == 1
+    kept = [one for one in logged(given) if not one.cancelled]
+    assert len(kept) == 200 - leaving
