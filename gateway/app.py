@@ -215,6 +215,7 @@ class Gateway:
         keeper = Keeper(
             state_dir,
             audits,
+            metrics,
             deadline_s=settings.teacher.timeout_s + _AUDIT_GRACE_S,
             interval_s=settings.learning.interval_s,
             config_path=self._config_path,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from gateway.audits import Audits
+from gateway.metrics import Metrics
 from gateway.tasks import OVERFLOW
 from serving.audit_index import AuditIndex
 from serving.exchange import Exchange
@@ -47,6 +48,7 @@ class Keeper:
         self,
         state_dir: Path,
         audits: Audits,
+        metrics: Metrics,
         *,
         deadline_s: float,
         interval_s: float,
@@ -56,6 +58,7 @@ class Keeper:
     ) -> None:
         self._state_dir = state_dir
         self._audits = audits
+        self._metrics = metrics
         self._reader = LogReader(state_dir)
         self._index = AuditIndex(state_dir)
         self._deadline_s = deadline_s
@@ -89,6 +92,7 @@ class Keeper:
                 taken = self._audits.take_up(await asyncio.to_thread(self.leftovers))
                 if taken:
                     log.info("took up %d audits that were left over", taken)
+                self._metrics.record_keeper_round()
             except Exception:
                 log.exception("keeping house failed; trying again")
             # A long log takes long to read: look less often then.
@@ -159,6 +163,7 @@ class Keeper:
             code = await child.wait()
         finally:
             await _end(child)
+        self._metrics.record_learning("ended" if code == 0 else "failed")
         if code != 0:
             log.error("`understudy learn` ended with code %d; trying again when the log has grown", code)
 

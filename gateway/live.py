@@ -146,6 +146,8 @@ class LiveReleases:
         self._metrics.record_live(
             task, name, before.name if before else None, loaded.threshold if loaded else None
         )
+        if loaded is not None:
+            self._metrics.record_promise(task, self._tasks.policy(task).max_disagreement)
         if loaded is None:
             log.info("task %s: no release is live; the teacher answers", task)
         else:

@@ -114,6 +114,13 @@ class Metrics:
         self._cache_puts = self._counter(
             names.METRIC_CACHE_PUTS, "What came of putting answers into the cache.", ("outcome",)
         )
+        self._max_disagreement = self._gauge(
+            names.METRIC_MAX_DISAGREEMENT, "α of the task's promise.", ("task",)
+        )
+        self._keeper_round = self._gauge(
+            names.METRIC_KEEPER_ROUND, "When the keeper last came round, in seconds since the epoch.", ()
+        )
+        self._learning = self._counter(names.METRIC_LEARNING, "Runs of `understudy learn`.", ("outcome",))
         self._request_series: dict[tuple[str, str, str, int], Counter] = {}
         self._duration_series: dict[tuple[str, str], Histogram] = {}
         self._spending_series: dict[tuple[str, str], tuple[Counter, Histogram, Counter]] = {}
@@ -258,6 +265,18 @@ class Metrics:
             self._threshold.labels(task).set(threshold)
         elif previous is not None:
             self._threshold.labels(task).set(float("nan"))
+
+    def record_promise(self, task: str, max_disagreement: float) -> None:
+        """Note what a task with a live release promises."""
+        self._max_disagreement.labels(task).set(max_disagreement)
+
+    def record_keeper_round(self) -> None:
+        """Note that the keeper did what must happen once."""
+        self._keeper_round.set_to_current_time()
+
+    def record_learning(self, outcome: Literal["ended", "failed"]) -> None:
+        """Count a run of `understudy learn`, whether or not it released something."""
+        self._learning.labels(outcome).inc()
 
     def exposition(self) -> bytes:
         """Write everything in Prometheus's text format."""

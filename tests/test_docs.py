@@ -159,6 +159,9 @@ def exposed() -> Iterator[tuple[str, set[str]]]:
     metrics.record_breaker("chat", 2)
     metrics.record_retry("answered")
     metrics.record_live("t", "r0001", None, 0.5)
+    metrics.record_promise("t", 0.05)
+    metrics.record_keeper_round()
+    metrics.record_learning("ended")
     for family in text_string_to_metric_families(metrics.exposition().decode()):
         name = family.name + ("_total" if family.type == "counter" else "")
         if name.endswith("_created"):
@@ -244,7 +247,7 @@ def test_what_the_code_cites_is_there() -> None:
 
 def test_files_that_are_named_exist() -> None:
     for document in DOCUMENTS:
-        packages = r"(?:gateway|routers|serving|distillation|loadtest|tests|examples|docs)"
+        packages = r"(?:gateway|routers|serving|distillation|loadtest|tests|examples|docs|deploy)"
         for name in re.findall(rf"`({packages}/[\w/.-]+\.\w+)`", read(document)):
             assert (ROOT / name).is_file(), f"{document.name} names {name}"
 
