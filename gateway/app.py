@@ -29,6 +29,7 @@ from gateway.attempts import Attempts
 from gateway.audits import Audits
 from gateway.auth import Gate
 from gateway.cache import Cache
+from gateway.cache_key import cache_scope
 from gateway.chat import ChatEndpoint
 from gateway.client import Client, request_id_of
 from gateway.envelope import internal_error, refuse
@@ -221,7 +222,7 @@ class Gateway:
             config_path=self._config_path,
             retention_days=settings.log.retention_days,
         )
-        cache = Cache(settings.cache, metrics)
+        cache = Cache(settings.cache, metrics, scope=cache_scope(settings.teacher))
         stack.push_async_callback(cache.aclose)
         pipeline = Pipeline(
             teacher=teacher,

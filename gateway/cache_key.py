@@ -32,6 +32,7 @@ KEY_HEADERS = frozenset({"openai-organization", "openai-project", "openai-beta"}
 """Headers that choose between accounts or behaviours of the teacher (lower-case names)."""
 
 _EVERYBODY = "*"
+_RELEASE_DIGITS = 16
 
 
 def cache_scope(teacher: TeacherSettings) -> str:
@@ -45,10 +46,11 @@ def cache_key(
     tenant: str,
     task: str,
     generation: int,
+    release: str | None = None,
     share: Literal["tenant", "task"],
     headers: Iterable[tuple[str, str]],
 ) -> str:
-    """Return the key of a chat request's answer: `<tenant or *>/<task>/<generation>/<SHA-256 in hex>`.
+    """Return the key of a chat request's answer: `<tenant or *>/<task>/<generation and release>/<SHA-256 in hex>`.
 
     `request` is the parsed body, `headers` are the request's own with lower-case names. Requests that are
     the same JSON value, ignored fields aside, have one key: the order of fields and the spelling of numbers
@@ -56,6 +58,8 @@ def cache_key(
     messages. With `share` "task" all tenants have one key.
 
     A new release of a task has a new generation, and leaves behind whatever was cached under the old one.
+    `release` is the checksum of the live one, if there is one: gateways that share a Redis and no state
+    directory count generations each for itself, and a promise speaks of one release's answers only.
 
     Raises ValueError for what isn't JSON.
     """
@@ -65,4 +69,5 @@ def cache_key(
     if chosen:
         digest.update(canonical_bytes([list(pair) for pair in chosen]))
     owner = tenant if share == "tenant" else _EVERYBODY
-    return f"{owner}/{task}/{generation}/{digest.hexdigest()}"
+    era = str(generation) if release is None else f"{generation}-{release[:_RELEASE_DIGITS]}"
+    return f"{owner}/{task}/{era}/{digest.hexdigest()}"

@@ -31,11 +31,15 @@ _TRY_AGAIN_S = 5.0
 
 @dataclass(slots=True)
 class LiveRelease:
-    """One release that answers. Only `accepted_audits` ever changes."""
+    """One release that answers. Only `accepted_audits` ever changes.
+
+    `checksum` is its card's: names and generations are counted anew in every state directory.
+    """
 
     task: str
     name: str
     generation: int
+    checksum: str
     student: Student
     router: Router
     comparison: Comparison
@@ -126,6 +130,7 @@ class LiveReleases:
             task=task,
             name=release.name,
             generation=live.generation,
+            checksum=release.card["checksum"],
             student=load_student(release),
             router=router,
             comparison=self._tasks.comparison(task),

@@ -70,6 +70,7 @@ class Sharing:
                 # A prompt that is no task yet will be one by the time it is asked again.
                 task=turn.newcomer or turn.task,
                 generation=turn.release.generation if turn.release else 0,
+                release=turn.release.checksum if turn.release else None,
                 share=self._share,
                 headers=turn.arrival.headers,
             )

@@ -11,7 +11,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from gateway.auth import ANONYMOUS
-from gateway.cache_key import IGNORED_FIELDS, KEY_HEADERS, cache_key
+from gateway.cache_key import IGNORED_FIELDS, KEY_HEADERS, cache_key, cache_scope
+from serving.settings import TeacherSettings
 
 TEXT = st.text(max_size=8)
 NUMBERS = st.one_of(
@@ -144,9 +145,9 @@ def test_messages_have_an_order(request: dict[str, Any], order: list[int]) -> No
     assert same == (order == [0, 1, 2])
 
 
-@given(REQUESTS, st.sampled_from(["tenant", "task", "generation"]), SHARES)
+@given(REQUESTS, st.sampled_from(["tenant", "task", "generation", "release"]), SHARES)
 def test_whose_request_it_is_makes_a_difference(request: dict[str, Any], name: str, share: str) -> None:
-    other = {"tenant": "u", "task": "returns", "generation": 2}[name]
+    other = {"tenant": "u", "task": "returns", "generation": 2, "release": "0" * 64}[name]
     shared = name == "tenant" and share == "task"
     assert (key(request, share=share) == key(request, share=share, **{name: other})) == shared
 
@@ -154,6 +155,22 @@ def test_whose_request_it_is_makes_a_difference(request: dict[str, Any], name: s
 def test_no_tenant_is_taken_for_everybody() -> None:
     request = {"model": "m", "messages": []}
     assert key(request, tenant=ANONYMOUS) != key(request, tenant=ANONYMOUS, share="task")
+
+
+def test_another_release_of_the_same_generation_is_another_key() -> None:
+    request = {"model": "m", "messages": []}
+    assert key(request, release="a" * 64) != key(request, release="b" * 64)
+
+
+def test_gateways_before_different_teachers_share_nothing() -> None:
+    teachers = [
+        TeacherSettings(),
+        TeacherSettings(model="gpt-4o"),
+        TeacherSettings(base_url="https://example.com/v1"),
+        TeacherSettings(base_url="https://example.com/v1", model="gpt-4o"),
+    ]
+    assert len({cache_scope(teacher) for teacher in teachers}) == 4
+    assert cache_scope(TeacherSettings()) == cache_scope(TeacherSettings(timeout_s=1.0))
 
 
 @pytest.mark.parametrize("name", sorted(KEY_HEADERS))
