@@ -67,17 +67,20 @@ def serve(
     ] = None,
 ) -> None:
     """Run the gateway."""
-    from serving.settings import load_settings
+    from serving.settings import Settings, load_settings
 
-    settings = load_settings(config)
+    options = {"host": host, "port": port, "workers": workers}
+    given = {key: value for key, value in options.items() if value is not None}
+
+    def read() -> Settings:
+        settings = load_settings(config)
+        return settings.model_copy(update={"server": settings.server.model_copy(update=given)})
+
+    settings = read()
     # Only now: what is wrong with the configuration is said at once.
     from gateway.server import serve as run_gateway
 
-    given = {"host": host, "port": port, "workers": workers}
-    server = settings.server.model_copy(
-        update={key: value for key, value in given.items() if value is not None}
-    )
-    run_gateway(settings.model_copy(update={"server": server}), config_path=config)
+    run_gateway(settings, config_path=config, reread=read)
 
 
 @app.command("stand-in")

@@ -10,35 +10,33 @@ import asyncio
 import contextlib
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway import names
 from gateway.access_log import AccessLog
+from gateway.admin import Readiness, create_admin
 from gateway.attempts import Attempts
 from gateway.audits import Audits
-from gateway.auth import Gate
+from gateway.auth import AdminGate, Gate
 from gateway.cache import Cache
 from gateway.cache_key import cache_scope
 from gateway.chat import ChatEndpoint
 from gateway.client import Client, request_id_of
-from gateway.envelope import internal_error, refuse
+from gateway.envelope import internal_error, stopping
 from gateway.keeper import Keeper
 from gateway.ledger import Ledger
 from gateway.live import LiveReleases
 from gateway.metrics import Metrics
 from gateway.passthrough import Passthrough
 from gateway.pipeline import Pipeline
+from gateway.reload import Generation, Kept, reloadable
 from gateway.tasks import Tasks
 from serving.breaker import State
 from serving.disk import Disk
@@ -59,16 +57,29 @@ _AUDIT_GRACE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """What the running gateway is made of."""
+class Lasting:
+    """What outlives a reload: whatever has a memory, or exists once in a process."""
 
+    metrics: Metrics
+    event_log: EventLog
+    live: LiveReleases
+    attempts: Attempts
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What is made from one configuration, and made anew when that is reloaded."""
+
+    settings: Settings
+    admins: AdminGate
+    gate: Gate
+    tasks: Tasks
+    audits: Audits
+    cache: Kept[Cache]
     chat: ChatEndpoint
     passthrough: Passthrough
     access_log: AccessLog
     tracing: Tracing | None
-    metrics: Metrics
-    tasks: Tasks
-    live: LiveReleases
 
 
 def create_app(settings: Settings, *, config_path: Path | None = None, disk: Disk | None = None) -> Gateway:
@@ -87,17 +98,66 @@ class Gateway:
         self._settings = settings
         self._config_path = config_path
         self._disk = disk
-        self._parts: Parts | None = None
-        self._rest = self._create_rest()
+        self._draining = False
+        self._lasting: Lasting | None = None
+        self._generation: Generation[Parts] | None = None
+        self._keeper: Keeper | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._admins = AdminGate(settings.server.admin_key, settings.server.host)
+        self._rest = create_admin(
+            lifespan=self._lifespan,
+            gate=lambda: self._admins,
+            readiness=self._readiness,
+            exposition=lambda: self._lasting.metrics.exposition() if self._lasting else b"",
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection of any ASGI kind."""
+        generation = self._generation
         if scope["type"] != "http":
             await self._rest(scope, receive, send)
-        elif scope["path"].startswith("/v1/") and self._parts is not None:
-            await self._observed(self._parts, Client(scope, receive, send))
+        elif scope["path"].startswith("/v1/") and generation is not None:
+            parts = generation.enter()
+            try:
+                await self._observed(parts, Client(scope, receive, send))
+            finally:
+                generation.leave()
         else:
             await self._rest(scope, receive, _with_request_id(scope, send))
+
+    def drain(self) -> None:
+        """Say from now on that no more requests should come; those that do are served."""
+        self._draining = True
+
+    async def reload(self, settings: Settings) -> list[str]:
+        """Go on with another configuration, without failing a request. Not to be called twice at once.
+
+        Returns the keys that differ and can't be changed while the gateway runs: there the old value stays.
+        Raises ConfigError, or whatever else keeps the configuration from being used; then nothing changes.
+        """
+        old, lasting, keeper = self._generation, self._lasting, self._keeper
+        if old is None or lasting is None or keeper is None:
+            raise RuntimeError("only a running gateway can be reloaded")
+        settings, kept = reloadable(old.parts.settings, settings)
+        tasks = _tasks(settings, old.parts.tasks.names())
+        new = await self._assemble(settings, lasting, tasks, self._cache(settings, lasting, old.parts))
+        if settings.teacher.base_url == old.parts.settings.teacher.base_url:
+            new.parts.gate.take_over(old.parts.gate)
+        self._generation = new
+        self._admins = new.parts.admins
+        lasting.live.adopt(new.parts.tasks)
+        keeper.adopt(
+            new.parts.audits,
+            deadline_s=_audit_deadline_s(settings),
+            interval_s=settings.learning.interval_s,
+            retention_days=settings.log.retention_days,
+        )
+        retiring = asyncio.create_task(
+            old.retire(_finish_audits), name="an old configuration's last requests"
+        )
+        self._retiring.add(retiring)
+        retiring.add_done_callback(self._retiring.discard)
+        return kept
 
     async def _observed(self, parts: Parts, client: Client) -> None:
         if parts.tracing is None:
@@ -113,6 +173,9 @@ class Gateway:
                 await parts.chat(client)
             else:
                 await parts.passthrough(client)
+        except asyncio.CancelledError:
+            # By the server alone, whose grace is over: a client that goes away cancels what is done for it.
+            await client.break_off(stopping())
         except Exception:
             log.exception("request %s failed", client.request_id)
             if not client.started:
@@ -120,136 +183,165 @@ class Gateway:
         finally:
             parts.access_log.over(client)
 
-    def _create_rest(self) -> FastAPI:
-        app = FastAPI(lifespan=self._lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-
-        @app.get("/healthz")
-        async def healthz() -> dict[str, str]:
-            return {"status": "alive"}
-
-        @app.get("/readyz")
-        async def readyz() -> Response:
-            return await self._readiness()
-
-        @app.get("/metrics")
-        async def metrics() -> Response:
-            parts = self._parts
-            exposition = parts.metrics.exposition() if parts else b""
-            return Response(exposition, headers={"content-type": CONTENT_TYPE_LATEST})
-
-        app.add_exception_handler(HTTPException, _http_error)
-        app.add_exception_handler(RequestValidationError, _validation_error)
-        app.add_exception_handler(Exception, _unhandled_error)
-        return app
-
-    async def _readiness(self) -> Response:
-        if self._parts is None:
-            return JSONResponse({"status": "starting"}, status_code=503)
+    async def _readiness(self) -> Readiness:
+        generation, lasting = self._generation, self._lasting
+        if generation is None or lasting is None:
+            return Readiness("starting")
         problem = await asyncio.to_thread(_log_problem, self._settings.state_dir)
-        details = {
-            "status": "ready" if problem is None else "not ready",
+        details: dict[str, str | int] = {
             "log": problem or "writable",
-            "tasks": len(self._parts.tasks.names()),
-            "live_releases": len(self._parts.live.names()),
+            "tasks": len(generation.parts.tasks.names()),
+            "live_releases": len(lasting.live.names()),
         }
-        return JSONResponse(details, status_code=200 if problem is None else 503)
+        if self._draining:
+            return Readiness("draining", details)
+        # Without the log requests are served all the same: taking every gateway out would be the outage.
+        return Readiness("ready" if problem is None else "degraded", details)
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        async with AsyncExitStack() as stack:
-            self._parts = await self._assemble(stack)
-            yield
-            self._parts = None
-
-    async def _assemble(self, stack: AsyncExitStack) -> Parts:
-        """Build every part and have `stack` take them down in the opposite order."""
         settings = self._settings
-        state_dir = settings.state_dir
-        self._disk.make_directory(state_dir / "tasks")
-        key = settings.teacher_key()
-        metrics = Metrics()
-        prices = PriceList(settings.teacher.price, base_url=settings.teacher.base_url)
-        upstream = Upstream(
-            settings.teacher.base_url,
-            timeout_s=settings.teacher.timeout_s,
-            max_connections=settings.teacher.max_concurrency,
-        )
-        stack.push_async_callback(upstream.aclose)
-        make_tracing, make_teacher = tracing_of(settings)
-        tracing = None if make_tracing is None else make_tracing(settings.teacher.base_url)
-        if tracing is not None:
-            stack.push_async_callback(tracing.aclose)
-        for requests in ("chat", "other"):
-            metrics.record_breaker(requests, State.CLOSED)
-        teacher = make_teacher(
-            settings.teacher,
-            upstream,
-            key,
-            prices,
-            on_breaker=metrics.record_breaker,
-            on_retry=metrics.record_retry,
-        )
-        tasks = Tasks(settings, lambda: task_names(state_dir))
-        live = LiveReleases(state_dir, tasks, metrics)
-        stack.push_async_callback(live.aclose)
-        event_log = EventLog(state_dir, settings.log, disk=self._disk)
-        stack.push_async_callback(event_log.aclose)
-        ledger = Ledger(
-            event_log,
-            metrics,
-            prices,
-            student_usd_per_hour=settings.student.usd_per_hour,
-            teacher_model=settings.teacher.model,
-            max_wait_s=settings.log.max_wait_s,
-        )
-        stack.push_async_callback(ledger.aclose)
-        gate = Gate(settings.server.api_keys, key)
-        audits = Audits(
-            teacher=teacher,
-            ledger=ledger,
-            live=live,
-            tasks=tasks,
-            metrics=metrics,
-            client_keys=gate.client_keys,
-        )
-        stack.push_async_callback(audits.aclose)
-        keeper = Keeper(
-            state_dir,
-            audits,
-            metrics,
-            deadline_s=settings.teacher.timeout_s + _AUDIT_GRACE_S,
-            interval_s=settings.learning.interval_s,
-            config_path=self._config_path,
-            retention_days=settings.log.retention_days,
-        )
-        cache = Cache(settings.cache, metrics, scope=cache_scope(settings.teacher))
-        stack.push_async_callback(cache.aclose)
-        pipeline = Pipeline(
-            teacher=teacher,
-            tasks=tasks,
-            live=live,
-            gate=gate,
-            ledger=ledger,
-            audits=audits,
-            attempts=Attempts(),
-            cache=cache,
-            cache_settings=settings.cache,
-            metrics=metrics,
-        )
-        stack.push_async_callback(pipeline.aclose)
-        await live.refresh()
-        for name, work in (("the watch for releases", live.run()), ("the keeper", keeper.run())):
-            stack.push_async_callback(_cancel, asyncio.create_task(_guarded(name, work)))
-        limit = settings.server.max_body_bytes
-        return Parts(
-            chat=ChatEndpoint(pipeline, gate, metrics, max_body_bytes=limit),
-            passthrough=Passthrough(teacher, gate, metrics),
-            access_log=AccessLog(sample=settings.observe.access_log_sample),
-            tracing=tracing,
-            metrics=metrics,
-            tasks=tasks,
-            live=live,
-        )
+        async with AsyncExitStack() as stack:
+            self._disk.make_directory(settings.state_dir / "tasks")
+            tasks = _tasks(settings)
+            lasting = _lasting(settings, tasks, self._disk, stack)
+            await lasting.live.refresh()
+            generation = await self._assemble(settings, lasting, tasks, self._cache(settings, lasting, None))
+            keeper = Keeper(
+                settings.state_dir,
+                generation.parts.audits,
+                lasting.metrics,
+                deadline_s=_audit_deadline_s(settings),
+                interval_s=settings.learning.interval_s,
+                config_path=self._config_path,
+                retention_days=settings.log.retention_days,
+            )
+            self._lasting, self._generation, self._keeper = lasting, generation, keeper
+            stack.push_async_callback(self._take_down)
+            for name, work in (("the watch for releases", lasting.live.run()), ("the keeper", keeper.run())):
+                stack.push_async_callback(_cancel, asyncio.create_task(_guarded(name, work)))
+            yield
+
+    async def _take_down(self) -> None:
+        """Close every generation; those that still wait for their last request wait no longer."""
+        for retiring in list(self._retiring):
+            await _cancel(retiring)
+        if self._generation is not None:
+            generation, self._generation = self._generation, None
+            await generation.aclose()
+
+    @staticmethod
+    def _cache(settings: Settings, lasting: Lasting, old: Parts | None) -> Kept[Cache]:
+        """Go on with the old cache, unless its answers may be another teacher's or its settings others."""
+        scope = cache_scope(settings.teacher)
+        if (
+            old is not None
+            and old.settings.cache == settings.cache
+            and cache_scope(old.settings.teacher) == scope
+        ):
+            return old.cache
+        cache = Cache(settings.cache, lasting.metrics, scope=scope)
+        return Kept(cache, cache.aclose)
+
+    async def _assemble(
+        self, settings: Settings, lasting: Lasting, tasks: Tasks, cache: Kept[Cache]
+    ) -> Generation[Parts]:
+        """Build the parts of one configuration; they are taken down in the opposite order."""
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(cache.hold())
+            key = settings.teacher_key()
+            metrics = lasting.metrics
+            prices = PriceList(settings.teacher.price, base_url=settings.teacher.base_url)
+            upstream = Upstream(
+                settings.teacher.base_url,
+                timeout_s=settings.teacher.timeout_s,
+                max_connections=settings.teacher.max_concurrency,
+            )
+            stack.push_async_callback(upstream.aclose)
+            make_tracing, make_teacher = tracing_of(settings)
+            tracing = None if make_tracing is None else make_tracing(settings.teacher.base_url)
+            if tracing is not None:
+                stack.push_async_callback(tracing.aclose)
+            for requests in ("chat", "other"):
+                metrics.record_breaker(requests, State.CLOSED)
+            teacher = make_teacher(
+                settings.teacher,
+                upstream,
+                key,
+                prices,
+                on_breaker=metrics.record_breaker,
+                on_retry=metrics.record_retry,
+            )
+            ledger = Ledger(
+                lasting.event_log,
+                metrics,
+                prices,
+                student_usd_per_hour=settings.student.usd_per_hour,
+                teacher_model=settings.teacher.model,
+                max_wait_s=settings.log.max_wait_s,
+            )
+            stack.push_async_callback(ledger.aclose)
+            gate = Gate(settings.server.api_keys, key)
+            audits = Audits(
+                teacher=teacher,
+                ledger=ledger,
+                live=lasting.live,
+                tasks=tasks,
+                metrics=metrics,
+                client_keys=gate.client_keys,
+            )
+            stack.push_async_callback(audits.aclose)
+            pipeline = Pipeline(
+                teacher=teacher,
+                tasks=tasks,
+                live=lasting.live,
+                gate=gate,
+                ledger=ledger,
+                audits=audits,
+                attempts=lasting.attempts,
+                cache=cache.thing,
+                cache_settings=settings.cache,
+                metrics=metrics,
+            )
+            stack.push_async_callback(pipeline.aclose)
+            parts = Parts(
+                settings=settings,
+                admins=AdminGate(settings.server.admin_key, settings.server.host),
+                gate=gate,
+                tasks=tasks,
+                audits=audits,
+                cache=cache,
+                chat=ChatEndpoint(pipeline, gate, metrics, max_body_bytes=settings.server.max_body_bytes),
+                passthrough=Passthrough(teacher, gate, metrics),
+                access_log=AccessLog(sample=settings.observe.access_log_sample),
+                tracing=tracing,
+            )
+            return Generation(parts, stack.pop_all())
+
+
+def _lasting(settings: Settings, tasks: Tasks, disk: Disk, stack: AsyncExitStack) -> Lasting:
+    """Build what every configuration shares."""
+    state_dir = settings.state_dir
+    metrics = Metrics()
+    live = LiveReleases(state_dir, tasks, metrics)
+    stack.push_async_callback(live.aclose)
+    event_log = EventLog(state_dir, settings.log, disk=disk)
+    stack.push_async_callback(event_log.aclose)
+    return Lasting(metrics, event_log, live, Attempts())
+
+
+def _tasks(settings: Settings, known: Iterable[str] = ()) -> Tasks:
+    """Build the tasks; those `known` to an earlier configuration stay, even before they are on disk."""
+    carried = list(known)
+    return Tasks(settings, lambda: {*task_names(settings.state_dir), *carried})
+
+
+def _audit_deadline_s(settings: Settings) -> float:
+    return settings.teacher.timeout_s + _AUDIT_GRACE_S
+
+
+async def _finish_audits(parts: Parts) -> None:
+    await parts.audits.aclose(grace_s=None)
 
 
 def tracing_of(settings: Settings) -> tuple[type[Tracing] | None, type[Teacher]]:
@@ -308,29 +400,3 @@ def _with_request_id(scope: Scope, send: Send) -> Send:
         await send(message)
 
     return sending
-
-
-async def _http_error(_: Request, error: Exception) -> Response:
-    """Put the framework's own errors (404, 405, …) into the envelope."""
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    said = {404: "there is nothing at this path", 405: "this path doesn't take this method"}
-    message = said.get(status, str(error.detail) if isinstance(error, HTTPException) else "")
-    refusal = refuse(status, message, kind="invalid_request_error")
-    return Response(refusal.body, status, headers={**headers, "content-type": "application/json"})
-
-
-async def _validation_error(_: Request, error: Exception) -> Response:
-    message = "the request isn't valid"
-    param = None
-    if isinstance(error, RequestValidationError) and error.errors():
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"])
-        message = f"{param}: {first['msg']}"
-    refusal = refuse(400, message, kind="invalid_request_error", param=param)
-    return Response(refusal.body, 400, media_type="application/json")
-
-
-async def _unhandled_error(_: Request, __: Exception) -> Response:
-    refusal = internal_error()
-    return Response(refusal.body, refusal.status, media_type="application/json")

@@ -80,8 +80,8 @@ class Audits:
                 self.start(exchange, KEEPER_TENANT)
         return taken
 
-    async def aclose(self, grace_s: float = 5.0) -> None:
-        """Give what is running a few seconds; the rest stays pending in the log."""
+    async def aclose(self, grace_s: float | None = 5.0) -> None:
+        """Give what is running a few seconds; the rest stays pending in the log. None: all the time it takes."""
         running = set(self._running.values())
         if not running:
             return

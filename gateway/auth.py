@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -52,15 +53,20 @@ class Gate:
         self._clock = clock
         self._accepted: OrderedDict[str, float] = OrderedDict()
 
+    def take_over(self, earlier: Gate) -> None:
+        """Go on with the clients' keys that an earlier configuration's gate saw accepted.
+
+        Only right while the teacher is the same: what one teacher accepts says nothing of another.
+        """
+        self._accepted = earlier._accepted
+
     def admit(self, authorization: str | None) -> Caller:
         """Say who the caller is. Raises RequestError (401) for a missing or unknown key."""
         key = _bearer(authorization)
         if self._digests:
             if key is None:
                 raise _unauthorized("no API key was sent: use the header `Authorization: Bearer <key>`")
-            digest = hashlib.sha256(key.encode()).hexdigest()
-            # Every key is compared, so that the time taken doesn't tell which one was near.
-            if not any([hmac.compare_digest(digest, known) for known in self._digests]):  # noqa: C419
+            if not _is_one_of(key, self._digests):
                 raise _unauthorized("this API key isn't known to the gateway")
         # What isn't a Bearer key may still be somebody's credentials: two of them aren't one tenant.
         secret = authorization if key is None else key
@@ -85,6 +91,55 @@ class Gate:
     def teacher_refused(self, caller: Caller) -> None:
         """Note that the teacher wouldn't have the caller's key (401 or 403)."""
         self._accepted.pop(caller.tenant, None)
+
+
+class AdminGate:
+    """Guards what a stranger mustn't see: the metrics, and why the gateway isn't ready.
+
+    Without `key`, a gateway that only its own machine can reach (`host` is loopback) shows them to everyone,
+    and any other to nobody.
+    """
+
+    def __init__(self, key: SecretStr | None, host: str) -> None:
+        self._digests = [] if key is None else [_digest_of(key.get_secret_value())]
+        self._open = key is None and is_loopback(host)
+
+    def admit(self, authorization: str | None) -> None:
+        """Return for an admin. Raises RequestError (401), which says what to set or send."""
+        if self._open:
+            return
+        if not self._digests:
+            raise _unauthorized(
+                "this gateway can be reached from other machines and has no server.admin_key: set one, and "
+                "send it as `Authorization: Bearer <key>`"
+            )
+        key = _bearer(authorization)
+        if key is None or not _is_one_of(key, self._digests):
+            raise _unauthorized("this is for admins: send server.admin_key as `Authorization: Bearer <key>`")
+
+    def admits(self, authorization: str | None) -> bool:
+        """Say whether `admit` would return."""
+        try:
+            self.admit(authorization)
+        except RequestError:
+            return False
+        return True
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether an address to listen on can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_one_of(key: str, digests: Sequence[str]) -> bool:
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    # Every key is compared, so that the time taken doesn't tell which one was near.
+    return any([hmac.compare_digest(digest, known) for known in digests])  # noqa: C419
 
 
 def _bearer(authorization: str | None) -> str | None:

@@ -15,6 +15,7 @@ from gateway import names
 from gateway.envelope import Refusal
 from gateway.reply import JSON_TYPE, Reply
 from gateway.turn import Turn
+from serving.chat import sse
 from serving.errors import RequestError
 
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -43,6 +44,7 @@ class Client:
         self.gone = False
         self.turn: Turn | None = None
         self.failure: str | None = None
+        self._head: list[tuple[bytes, bytes]] = []
         self._receive = receive
         self._send = send
         self._body_read = asyncio.Event()
@@ -137,6 +139,18 @@ class Client:
         """Send an error."""
         await self.whole(refusal.status, [JSON_TYPE, *refusal.headers, *headers], refusal.body)
 
+    async def break_off(self, refusal: Refusal) -> None:
+        """End an answer that won't be finished: an error, or in a stream of events an error frame.
+
+        Any other answer that has begun just isn't ended, so that the server closes the connection.
+        """
+        if not self.started:
+            await self.refuse(refusal, [("connection", "close")])
+        elif not self._over and any(
+            name == b"content-type" and value.startswith(b"text/event-stream") for name, value in self._head
+        ):
+            await self.piece(sse(refusal.body))
+
     async def whole(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
         """Send a whole answer."""
         await self.start(status, [*headers, ("content-length", str(len(body)))])
@@ -148,6 +162,7 @@ class Client:
         self.status = status
         encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
         encoded.append((names.REQUEST_ID_HEADER.encode(), self.request_id.encode()))
+        self._head = encoded
         head: Message = {"type": "http.response.start", "status": status, "headers": encoded}
         await self._send(head)
 

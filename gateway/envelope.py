@@ -87,6 +87,13 @@ def internal_error() -> Refusal:
     return refuse(500, "the gateway failed on this request", kind="server_error", code="internal_error")
 
 
+def stopping() -> Refusal:
+    """Refuse because the gateway stops; another one, or this one started again, will do: clients retry 503."""
+    return refuse(
+        503, "the gateway is being stopped; send the request again", kind="server_error", code="stopping"
+    )
+
+
 def enveloped(status: int, body: bytes) -> bytes:
     """Return an upstream's error body if it is in an envelope already, else wrapped into one."""
     try:

@@ -69,6 +69,18 @@ class Keeper:
         self._learned: dict[str, int] = {}
         self._looked: dict[str, int] = {}
         self._may_be_pending: set[str] = set()
+        self._interval_changed = asyncio.Event()
+
+    def adopt(
+        self, audits: Audits, *, deadline_s: float, interval_s: float, retention_days: float | None
+    ) -> None:
+        """Go on by a reloaded configuration. A child that is learning isn't disturbed: its look is spent."""
+        self._audits = audits
+        self._deadline_s = deadline_s
+        self._retention_days = retention_days
+        if interval_s != self._interval_s:
+            self._interval_s = interval_s
+            self._interval_changed.set()
 
     async def run(self) -> None:
         """Wait for the lock, then work until cancelled; the child is ended and the lock given back."""
@@ -78,8 +90,7 @@ class Keeper:
             log.info("this process (%d) is the keeper", os.getpid())
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._keep_house())
-                if self._interval_s > 0:
-                    group.create_task(self._keep_learning())
+                group.create_task(self._keep_learning())
 
     async def _keep_house(self) -> None:
         while True:
@@ -100,7 +111,7 @@ class Keeper:
 
     async def _keep_learning(self) -> None:
         while True:
-            await asyncio.sleep(self._interval_s)
+            await self._until_due()
             try:
                 sizes = await asyncio.to_thread(self._sizes)
                 # What was removed from the log isn't news, and mustn't hide what comes after it.
@@ -111,6 +122,16 @@ class Keeper:
                     await self._learn()
             except Exception:
                 log.exception("learning failed; trying again")
+
+    async def _until_due(self) -> None:
+        """Sleep for the interval there is at the moment; another one begins anew."""
+        while True:
+            self._interval_changed.clear()
+            try:
+                async with asyncio.timeout(self._interval_s or None):
+                    await self._interval_changed.wait()
+            except TimeoutError:
+                return
 
     async def _remove_expired(self) -> None:
         if self._retention_days is not None:

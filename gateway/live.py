@@ -7,6 +7,7 @@ can't be loaded changes nothing: the one before keeps answering, and the error i
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from dataclasses import dataclass
@@ -68,6 +69,12 @@ class LiveReleases:
     def names(self) -> dict[str, str]:
         """Return the live release of every task that has one."""
         return {task: live.name for task, live in sorted(self._live.items())}
+
+    def adopt(self, tasks: Tasks) -> None:
+        """Compare answers from now on as a reloaded configuration says. Requests under way keep theirs."""
+        self._tasks = tasks
+        for name, live in self._live.items():
+            self._live[name] = dataclasses.replace(live, comparison=tasks.comparison(name))
 
     async def run(self) -> None:
         """Watch for changes until cancelled. Whatever goes wrong is logged and tried again."""

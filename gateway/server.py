@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
-import ipaddress
+import asyncio
 import logging
-import multiprocessing
 import os
 import signal
 import socket
 import sys
 import tempfile
-import threading
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.supervisors import Multiprocess
-
-from gateway import names
-from gateway.app import Gateway, create_app, tracing_of
-from gateway.client import request_id_of
-from gateway.envelope import refuse
+from gateway.app import create_app, tracing_of
+from gateway.auth import is_loopback
 from gateway.log_format import configure_logging
+from gateway.worker import BACKLOG, Beat, Worker
+from gateway.workers import Supervisor
 from serving.disk import Disk
 from serving.errors import ConfigError
 from serving.settings import Settings
 
 log = logging.getLogger("understudy.server")
 
-_BACKLOG = 2048
-_GRACEFUL_S = 30
-_HUNG_AFTER_S = 30
-"""A worker that doesn't answer its supervisor for so long is replaced. uvicorn's 5 s kill a worker on a busy
-machine before it has imported what it needs, and the next one, and the next."""
+_METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
-def serve(settings: Settings, *, config_path: Path | None = None) -> None:
+def serve(
+    settings: Settings, *, config_path: Path | None = None, reread: Callable[[], Settings] | None = None
+) -> None:
     """Run the gateway until it is told to stop (SIGTERM, SIGINT): requests under way are finished first.
 
-    Raises ConfigError when the address, the state directory or the teacher's key can't be used, or when traces
-    are wanted and can't be made.
+    `reread` reads the configuration again on SIGHUP. Exits with code 3 when the gateway can't start. Raises
+    ConfigError when the address, the state directory or the teacher's key can't be used, or when traces are
+    wanted and can't be made.
     """
     # A worker that can't start would be started again and again.
     settings.teacher_key()
@@ -51,60 +44,41 @@ def serve(settings: Settings, *, config_path: Path | None = None) -> None:
         listening = stack.enter_context(_bind(settings.server.host, settings.server.port))
         _check_state_dir(settings.state_dir)
         configure_logging(settings.observe.log_format)
-        workers = settings.server.workers
-        if workers > 1:
-            # Where the workers' metrics meet; prometheus-client looks for it when a worker imports it.
-            folder = tempfile.TemporaryDirectory(prefix="understudy-metrics-")
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = stack.enter_context(folder)
-        config = uvicorn.Config(
-            partial(_create_worker, settings, config_path),
-            factory=True,
-            workers=workers,
-            loop="uvloop",
-            http=_Http,
-            ws="none",
-            access_log=False,
-            log_config=None,
-            log_level="warning",
-            server_header=False,
-            backlog=_BACKLOG,
-            timeout_graceful_shutdown=_GRACEFUL_S,
-            timeout_worker_healthcheck=_HUNG_AFTER_S,
-        )
+        _share_metrics(settings.server.workers, stack)
         print(_start_line(settings, listening), flush=True)
-        if is_exposed(settings):
-            log.warning(
-                "ANYONE WHO REACHES %s SPENDS YOUR MONEY: server.host isn't loopback, server.api_keys "
-                "is empty, and the gateway holds the teacher's key. Set server.api_keys.",
-                settings.server.host,
+        for warning in warnings(settings):
+            log.warning(warning)
+        if settings.server.workers > 1:
+            supervisor = Supervisor(
+                settings,
+                listening,
+                config_path=config_path,
+                reread=reread,
             )
-        server = uvicorn.Server(config)
-        try:
-            if workers > 1:
-                Multiprocess(config, sockets=[listening]).run()
-            else:
-                server.run(sockets=[listening])
-        except KeyboardInterrupt:
-            pass
-        if workers == 1 and not server.started:
-            sys.exit(3)
+            code = supervisor.run()
+        else:
+            gateway = create_app(settings, config_path=config_path)
+            worker = Worker(gateway, settings, lambda worker: _obey_signals(worker, reread), Beat())
+            worker.run(sockets=[listening])
+            code = 0 if worker.started else 3
+    if code:
+        sys.exit(code)
 
 
-class _Http(HttpToolsProtocol):
-    """uvicorn's HTTP, except that what isn't HTTP is answered in OpenAI's envelope too."""
-
-    def send_400_response(self, msg: str) -> None:
-        """Refuse what can't be parsed, and close the connection."""
-        body = refuse(400, f"this isn't HTTP/1.1: {msg}", kind="invalid_request_error").body
-        head = (
-            "HTTP/1.1 400 Bad Request\r\n"
-            "content-type: application/json\r\n"
-            f"content-length: {len(body)}\r\n"
-            f"{names.REQUEST_ID_HEADER}: {request_id_of(None)}\r\n"
-            "connection: close\r\n\r\n"
+def warnings(settings: Settings) -> list[str]:
+    """Say what of a configuration its owner may not have meant."""
+    found = []
+    if is_exposed(settings):
+        found.append(
+            f"ANYONE WHO REACHES {settings.server.host} SPENDS YOUR MONEY: server.host isn't loopback, "
+            "server.api_keys is empty, and the gateway holds the teacher's key. Set server.api_keys."
         )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
+    if settings.server.api_keys and settings.teacher_key() is None:
+        found.append(
+            f"server.api_keys is set but the environment variable {settings.teacher.api_key_env} isn't: the "
+            "teacher is asked without a key. Set it, unless the teacher wants none."
+        )
+    return found
 
 
 def is_exposed(settings: Settings) -> bool:
@@ -112,40 +86,51 @@ def is_exposed(settings: Settings) -> bool:
     return (
         not settings.server.api_keys
         and settings.teacher_key() is not None
-        and not _is_loopback(settings.server.host)
+        and not is_loopback(settings.server.host)
     )
 
 
-def _create_worker(settings: Settings, config_path: Path | None) -> Gateway:
-    """Build the application in the process that runs it."""
-    configure_logging(settings.observe.log_format)
-    if settings.server.workers > 1:
-        log.info("worker %d starts", os.getpid())
-        _end_with_supervisor()
-    return create_app(settings, config_path=config_path)
+def _obey_signals(worker: Worker, reread: Callable[[], Settings] | None) -> None:
+    """Have the only worker hear the signals itself: the second that says stop means at once."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        if worker.should_exit:
+            worker.stop_at_once()
+        else:
+            worker.stop()
+
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    loop.add_signal_handler(signal.SIGINT, stop)
+    if reread is not None:
+        loop.add_signal_handler(signal.SIGHUP, worker.reload, reread)
 
 
-def _end_with_supervisor() -> None:
-    """Stop this worker, in order, when its supervisor is killed.
+def _share_metrics(workers: int, stack: ExitStack) -> None:
+    """Set up the folder where workers' metrics meet, before a worker imports prometheus-client.
 
-    Nobody would supervise it any more, and the address would stay taken for the next start.
+    It is a new one each time, since old files would be counted too: inside the user's, if
+    PROMETHEUS_MULTIPROC_DIR names one.
     """
-    supervisor = multiprocessing.parent_process()
-    if supervisor is None:
+    given = os.environ.get(_METRICS_VARIABLE)
+    if workers == 1 and not given:
         return
-
-    def wait() -> None:
-        supervisor.join()
-        log.error("the supervisor is gone: worker %d stops", os.getpid())
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, name="supervisor-watch", daemon=True).start()
+    try:
+        if given:
+            Path(given).mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix="understudy-metrics-", dir=given or None)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder for metrics {given or tempfile.gettempdir()} can't be used: {error.strerror}; "
+            f"set {_METRICS_VARIABLE} to another"
+        ) from None
+    os.environ[_METRICS_VARIABLE] = stack.enter_context(folder)
 
 
 def _bind(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server((address[0], port), family=family, backlog=_BACKLOG)
+        return socket.create_server((address[0], port), family=family, backlog=BACKLOG)
     except socket.gaierror as error:
         raise ConfigError(f"can't listen on {host}: {error.strerror}") from None
     except OSError as error:
@@ -176,12 +161,3 @@ def _start_line(settings: Settings, listening: socket.socket) -> str:
     return (
         f"understudy listens on {address} · tasks: {tasks} · teacher: {where} · state: {settings.state_dir}"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

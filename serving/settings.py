@@ -58,27 +58,49 @@ class ServerSettings(Section):
     max_body_bytes: int = Field(
         20 * 1024 * 1024, ge=1024, description="a larger request body is refused with 413"
     )
+    receive_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="the head of a request comes within this time, its body brings 1 KiB a second over it",
+    )
+    grace_s: float = Field(
+        30.0, ge=0, description="how long requests under way may take after the gateway was told to stop"
+    )
     max_tasks: int = Field(200, ge=1, description="unseen prompts become tasks by themselves up to this many")
     api_keys: list[SecretStr] = Field(
         default=[], description="the gateway's own keys, plain or as sha256:<hex>"
+    )
+    admin_key: SecretStr | None = Field(
+        None, description="the key for /metrics and the details of /readyz, plain or as sha256:<hex>"
     )
 
     @field_validator("api_keys")
     @classmethod
     def _can_be_sent(cls, value: list[SecretStr]) -> list[SecretStr]:
         for position, key in enumerate(value, start=1):
-            text = key.get_secret_value()
-            if not text or text != text.strip() or not (text.isascii() and text.isprintable()):
-                raise ValueError(
-                    f"no client can send key {position} of {len(value)}: it is empty, has spaces around it or "
-                    "characters that can't stand in a header"
-                )
-            if text.startswith("sha256:") and not re.fullmatch(r"sha256:[0-9a-fA-F]{64}", text):
-                raise ValueError(
-                    f"key {position} of {len(value)} begins with sha256: and should go on with the 64 hex digits "
-                    "of the key's SHA-256"
-                )
+            _check_key(key, f"key {position} of {len(value)}")
         return value
+
+    @field_validator("admin_key")
+    @classmethod
+    def _admin_key_can_be_sent(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            _check_key(value, "the key")
+        return value
+
+
+def _check_key(key: SecretStr, which: str) -> None:
+    """Raise ValueError, without showing it, for a key that no client could ever send."""
+    text = key.get_secret_value()
+    if not text or text != text.strip() or not (text.isascii() and text.isprintable()):
+        raise ValueError(
+            f"no client can send {which}: it is empty, has spaces around it or "
+            "characters that can't stand in a header"
+        )
+    if text.startswith("sha256:") and not re.fullmatch(r"sha256:[0-9a-fA-F]{64}", text):
+        raise ValueError(
+            f"{which} begins with sha256: and should go on with the 64 hex digits of the key's SHA-256"
+        )
 
 
 class Price(Section):
@@ -398,10 +420,10 @@ def _explain(error: ErrorDetails) -> str:
 
 def _shown(loc: Sequence[int | str], value: object) -> str:
     """Show the value as a person wrote it, unless it may be or hold a secret."""
-    if {"api_keys", "api_key_env"} & set(loc) or tuple(loc[:2]) == ("cache", "url"):
+    if {"api_keys", "api_key_env", "admin_key"} & set(loc) or tuple(loc[:2]) == ("cache", "url"):
         return "(hidden)"
     text = repr(value)
-    if "api_keys" in text or "redis" in text or ("://" in text and "@" in text):
+    if any(word in text for word in ("api_key", "admin_key", "redis")) or ("://" in text and "@" in text):
         return "(hidden)"
     return text if len(text) <= 80 else text[:77] + "..."
 

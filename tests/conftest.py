@@ -7,10 +7,12 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -337,6 +339,71 @@ def gateway(
         return RunningGateway(serve(create_app(Settings(**given), disk=disk)), state_dir)
 
     return start
+
+
+@dataclass(frozen=True)
+class RunningCommand:
+    """`understudy serve` as a child process, ready to serve."""
+
+    child: subprocess.Popen[str]
+    url: str
+    config: Path
+    errors: Path
+
+    @property
+    def stderr(self) -> str:
+        return self.errors.read_text()
+
+    def workers(self) -> list[int]:
+        """Return the process ids of its workers."""
+        listed = Path(f"/proc/{self.child.pid}/task/{self.child.pid}/children").read_text().split()
+        commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in listed}
+        return [pid for pid, line in commands.items() if b"spawn_main" in line]
+
+    def metric(self, name: str, **labels: str) -> float:
+        return RunningGateway(self.url, self.config.parent).metric(name, **labels)
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Callable[..., RunningCommand]]:
+    """Run `understudy serve` on a configuration in TOML; gives it once it is ready."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(
+        toml: str, *options: str, env: dict[str, str] | None = None, wait: bool = True
+    ) -> RunningCommand:
+        config = tmp_path / "understudy.toml"
+        config.write_text(toml)
+        errors = tmp_path / f"stderr-{len(started)}"
+        path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        with errors.open("w") as stderr:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "understudy", "serve", "--port", "0", *options],
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **(env or {})},
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        started.append(child)
+        assert child.stdout is not None
+        line = child.stdout.readline()
+        found = re.search(r"http://[^ ]+", line)
+        assert found, f"no address in {line!r}: {errors.read_text()}"
+        running = RunningCommand(child, found.group().replace("0.0.0.0", "127.0.0.1"), config, errors)
+        deadline = time.monotonic() + 60
+        while wait:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{running.url}/readyz", timeout=5, verify=False).status_code == 200:
+                    break
+            assert time.monotonic() < deadline, f"not ready: {errors.read_text()}"
+            time.sleep(0.05)
+        return running
+
+    yield start
+    for child in started:
+        child.kill()
+        child.communicate()
 
 
 @pytest.fixture
