@@ -300,5 +300,57 @@ def rollback(
     print_live(task, ReleaseStore(load_settings(config).state_dir).rollback(task), json)
 
 
+@app.command()
+def forget(
+    tenant: Annotated[
+        str | None, typer.Option(help="Whose: a tenant as the log names it, 16 hex digits or `anonymous`.")
+    ] = None,
+    key_env: Annotated[
+        str | None, typer.Option(help="Whose: the environment variable that holds the tenant's key.")
+    ] = None,
+    user: Annotated[
+        str | None,
+        typer.Option(help="Whose: an end user, by `user`, `safety_identifier` or metadata.user_id."),
+    ] = None,
+    config: _Config = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be erased, and erase nothing.")
+    ] = False,
+    json: _AsJson = False,
+) -> None:
+    """Erase a tenant's or an end user's exchanges from the log, and name the releases trained on them."""
+    from dataclasses import asdict
+
+    from distillation.console import print_erasure, print_json, progress_bar
+    from serving.errors import ConfigError
+    from serving.forgetting import Whose
+    from serving.forgetting import forget as erase
+    from serving.settings import load_settings
+    from serving.tenant import is_tenant, tenant_of
+
+    settings = load_settings(config)
+    if tenant is not None and key_env is not None:
+        raise ConfigError("--tenant and --key-env both name a tenant; give one of them")
+    if tenant is not None and not is_tenant(tenant):
+        raise ConfigError(
+            "--tenant should be 16 hex digits as in the log, or anonymous; a key goes into an environment variable, "
+            "which --key-env names"
+        )
+    if key_env is not None:
+        key = os.environ.get(key_env, "").strip()
+        if not key:
+            raise ConfigError(f"the environment variable {key_env} (--key-env) is not set")
+        tenant = tenant_of(key)
+    if tenant is None and not user:
+        raise ConfigError("whose exchanges? Give --tenant, --key-env or --user")
+    with progress_bar(json, "forgetting") as progress:
+        erasure = erase(settings.state_dir, Whose(tenant, user), dry_run=dry_run, progress=progress)
+    if json:
+        print_json({"dry_run": dry_run, **asdict(erasure)})
+    else:
+        print_erasure(erasure, dry_run=dry_run, cache_ttl_s=settings.cache.ttl_s)
+    raise typer.Exit(1 if erasure.left else 0)
+
+
 if __name__ == "__main__":
     main()

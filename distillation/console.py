@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import orjson
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from distillation.economics import TaskSummary
 from distillation.learning import Lesson
 from serving.exchange import Json
+from serving.forgetting import Erasure
 from serving.releases import Live
 
 
@@ -46,6 +49,53 @@ def print_live(task: str, live: Live, json: bool) -> None:
         print_json({"task": task, "release": live.release, "generation": live.generation})
     else:
         print(f"{task}: {live.release or 'the teacher alone'} is live (generation {live.generation})")
+
+
+@contextmanager
+def progress_bar(quiet: bool, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for bytes done of bytes to do; nothing when `quiet` or without a terminal."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda _done, _total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_erasure(erasure: Erasure, *, dry_run: bool, cache_ttl_s: float) -> None:
+    """What was erased, which releases were made since, and what may still hold some of it."""
+    for task, erased in sorted(erasure.tasks.items()):
+        when = f", {_day(erased.oldest)} to {_day(erased.newest)}" if erased.oldest is not None else ""
+        print(f"{task}: {erased.exchanges:,} exchanges{when}{' would be erased' if dry_run else ' erased'}")
+        if erased.damaged:
+            print(f"{task}: {erased.damaged:,} damaged lines that may have been theirs, too")
+        for release, trained_on in erased.releases.items():
+            known = (
+                f"fitted on {trained_on:,} of them"
+                if trained_on
+                else "made since; not known to be fitted on them"
+            )
+            print(f"{task}: release {release}: {known}")
+    if not erasure.tasks:
+        print("nothing found")
+    for line in erasure.left:
+        print(f"NOT ERASED: {line}; run this again")
+    if dry_run or not erasure.tasks:
+        return
+    if any(erased.releases for erased in erasure.tasks.values()):
+        print(
+            "A release keeps what it learned: words, and answers. Remove its folder, or roll back, and learn anew."
+        )
+    print(
+        f"Not reached from here: the response cache (until {cache_ttl_s * 1.1:g} s are over), backups of the state"
+    )
+    print("directory, the teacher's provider, and what was written after this began.")
+
+
+def _day(seconds: float | None) -> str:
+    return "?" if seconds is None else time.strftime("%Y-%m-%d", time.gmtime(seconds))
 
 
 def print_tasks(summaries: list[TaskSummary]) -> None:

@@ -11,10 +11,9 @@ from distillation.dataset import Row
 from routers.router import Router
 from serving.errors import DamagedRelease
 from serving.linear import LinearStudent
-from serving.releases import ReleaseStore
+from serving.releases import HELD_OUT_FILE, ReleaseStore
 from serving.sight import seen_text, unsupported
 
-HELD_OUT_FILE = "held_out.json"
 ROUTER_FILE = "router.json"
 
 

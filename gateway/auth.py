@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pydantic import SecretStr
 
 from serving.errors import RequestError
+from serving.tenant import ANONYMOUS, tenant_of
 
-ANONYMOUS = "anonymous"
 VERIFIED_FOR_S = 300.0
 _VERIFIED_LIMIT = 10_000
 _HASHED = "sha256:"
@@ -70,7 +70,7 @@ class Gate:
                 raise _unauthorized("this API key isn't known to the gateway")
         # What isn't a Bearer key may still be somebody's credentials: two of them aren't one tenant.
         secret = authorization if key is None else key
-        tenant = ANONYMOUS if not secret else hashlib.sha256(secret.encode()).hexdigest()[:16]
+        tenant = ANONYMOUS if not secret else tenant_of(secret)
         return Caller(tenant, authorization if self.client_keys else None)
 
     def verified(self, caller: Caller) -> bool:

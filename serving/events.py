@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
@@ -31,6 +32,11 @@ _MIDDLE = b'","event":'
 _TAIL = b"}\n"
 _CRC = slice(len(_HEAD), len(_HEAD) + 8)
 _BODY = slice(_CRC.stop + len(_MIDDLE), -len(_TAIL))
+
+EVENT_ID = re.compile(
+    rb'\{"crc":"[0-9a-f]{8}","event":\{"event":"[a-z]+",(?:"schema":[0-9]+,)?"id":"([^"\\]*)"'
+)
+"""Finds the id of an event in its line without parsing it; an event that was written otherwise has to be parsed."""
 
 Outcome = Literal["taken", "unknown", "damaged"]
 

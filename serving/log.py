@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,17 @@ from serving.disk import Disk
 from serving.errors import UnknownTask
 from serving.events import Fold, decode, encode
 from serving.exchange import Exchange, Json
+from serving.forgotten import Stamp, forgotten_stamp, read_forgotten
 from serving.layout import task_directory, task_names
 from serving.retention import oldest_open_s
-from serving.segments import OPEN_SUFFIX, SegmentWriter, events_directory, seal_abandoned, segment_paths
+from serving.segments import (
+    OPEN_SUFFIX,
+    SegmentWriter,
+    events_directory,
+    seal_abandoned,
+    segment_lines,
+    segment_paths,
+)
 from serving.settings import LogSettings
 
 __all__ = ["EventLog", "LogReader", "ReadResult", "seal_abandoned"]
@@ -57,6 +64,8 @@ class EventLog:
         self._flusher: asyncio.Task[None] | None = None
         self._oldest_open_s = oldest_open_s(settings.retention_days)
         self._watch: asyncio.Task[None] | None = None
+        self._forgotten_stamp: Stamp | None = None
+        self._forgotten: frozenset[str] = frozenset()
         self._closed = False
 
     async def append(self, task: str, event: Json) -> None:
@@ -68,6 +77,12 @@ class EventLog:
         """
         if self._closed:
             raise OSError(errno.EBADF, "the event log is closed")
+        if self._watch is None:
+            self._forgotten_stamp = forgotten_stamp(self._state_dir)
+            self._forgotten = frozenset(read_forgotten(self._state_dir))
+            self._watch = asyncio.create_task(self._keep_watch(), name="event-log watch")
+        if event.get("id") in self._forgotten:
+            return  # somebody asked for it to be erased: nothing more is written about it
         try:
             task_directory(self._state_dir, task)
             line = encode(event)
@@ -84,8 +99,6 @@ class EventLog:
         batch.lines.append(line)
         batch.size += len(line)
         self._waiting_bytes += len(line)
-        if self._watch is None:
-            self._watch = asyncio.create_task(self._keep_watch(), name="event-log watch")
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush(), name="event-log flush")
         await batch.done.wait()
@@ -107,10 +120,18 @@ class EventLog:
         self._thread.shutdown()
 
     async def _keep_watch(self) -> None:
-        """Seal segments that have been open for too long: what isn't sealed is never removed."""
+        """Seal what has been open for too long, or holds what is to be forgotten: only sealed segments change."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
+            stamp = await loop.run_in_executor(self._thread, forgotten_stamp, self._state_dir)
+            if stamp != self._forgotten_stamp:
+                forgotten = await loop.run_in_executor(self._thread, read_forgotten, self._state_dir)
+                self._forgotten_stamp, self._forgotten = stamp, frozenset(forgotten)
+                # What was gathered before goes into the segments that are sealed now.
+                for batch in list(self._gathering.values()):
+                    await batch.done.wait()
+                await loop.run_in_executor(self._thread, self._segments.close)
             if self._oldest_open_s is not None:
                 await loop.run_in_executor(self._thread, self._segments.seal_older_than, self._oldest_open_s)
 
@@ -188,7 +209,7 @@ class LogReader:
         for path in segment_paths(self._state_dir, task):
             segments += 1
             try:
-                for line in _lines(path):
+                for line in segment_lines(path):
                     event = decode(line)
                     outcome = "damaged" if event is None else fold.add(event)
                     damaged += outcome == "damaged"
@@ -211,15 +232,3 @@ class LogReader:
                 except OSError:
                     continue
         return size
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a segment under whichever name it has: it may be sealed between the two looks."""
-    for name in (path, path.with_name(path.name + OPEN_SUFFIX), path):
-        try:
-            with name.open("rb") as file:
-                yield from file
-            return
-        except FileNotFoundError:
-            continue
-    raise FileNotFoundError(path)

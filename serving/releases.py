@@ -25,10 +25,14 @@ from serving.errors import DamagedRelease, UnknownRelease
 from serving.exchange import Json
 from serving.layout import task_directory
 
+HELD_OUT_FILE = "held_out.json"
+"""The file of a release that remembers, by the ids of its exchanges, what the release was fitted on."""
+
 _CARD = "card.json"
 _RELEASE = re.compile(r"r([0-9]{4,})")
 _FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)*[A-Za-z0-9_][A-Za-z0-9._-]*")
 _TEMPORARY = ".writing-"
+_REPLACED = ".replaced-"
 _MAX_PREVIOUS = 20
 
 
@@ -80,8 +84,7 @@ class ReleaseStore:
         releases = self._releases(task)
         self._disk.make_directory(releases)
         with _locked(releases / ".lock"):
-            for leftover in releases.glob(f"{_TEMPORARY}*"):
-                shutil.rmtree(leftover)  # its writer died: whoever writes holds the lock
+            self._clear_up(releases)
             release = self._next_name(task)
             card = {
                 **card,
@@ -89,21 +92,60 @@ class ReleaseStore:
                 "release": release,
                 "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
             }
-            card["checksum"] = _checksum(card)
             temporary = releases / f"{_TEMPORARY}{release}"
-            temporary.mkdir()
-            for name, data in files.items():
-                self._disk.make_directory((temporary / name).parent)
-                self._disk.write_file(temporary / name, data)
-                self._disk.sync_directory((temporary / name).parent)
-            self._disk.write_file(temporary / _CARD, orjson.dumps(card, option=orjson.OPT_INDENT_2))
-            self._disk.sync_directory(temporary)
+            self._write(temporary, files, card)
             self._disk.rename(temporary, releases / release)
             self._disk.sync_directory(releases)
         return release
 
+    def rewrite(self, task: str, release: str, files: Mapping[str, bytes]) -> None:
+        """Replace files of a release; all others, and what its card says of it, stay as they are.
+
+        Whoever reads it meanwhile reads the old or the new one. A process that dies in here leaves one of the
+        two. Raises UnknownRelease or DamagedRelease.
+        """
+        releases = self._releases(task)
+        with _locked(releases / ".lock"):
+            now = self.read(task, release)
+            self._clear_up(releases)
+            content = {**now.files, **files}
+            checksums = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+            temporary, old = releases / f"{_TEMPORARY}{release}", releases / f"{_REPLACED}{release}"
+            self._write(temporary, content, {**now.card, "files": checksums})
+            self._disk.rename(releases / release, old)
+            self._disk.rename(temporary, releases / release)
+            self._disk.sync_directory(releases)
+            shutil.rmtree(old)
+
+    def _write(self, directory: Path, files: Mapping[str, bytes], card: Json) -> None:
+        directory.mkdir()
+        for name, data in files.items():
+            self._disk.make_directory((directory / name).parent)
+            self._disk.write_file(directory / name, data)
+            self._disk.sync_directory((directory / name).parent)
+        card = {**card, "checksum": _checksum(card)}
+        self._disk.write_file(directory / _CARD, orjson.dumps(card, option=orjson.OPT_INDENT_2))
+        self._disk.sync_directory(directory)
+
+    def _clear_up(self, releases: Path) -> None:
+        """Finish or undo what a writer that died has left: whoever writes holds the lock."""
+        for old in releases.glob(f"{_REPLACED}*"):
+            if (releases / old.name.removeprefix(_REPLACED)).is_dir():
+                shutil.rmtree(old)
+            else:
+                self._disk.rename(old, releases / old.name.removeprefix(_REPLACED))
+                self._disk.sync_directory(releases)
+        for leftover in releases.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(leftover)
+
     def read(self, task: str, release: str) -> Release:
         """Read a release and verify every byte of it. Raises UnknownRelease or DamagedRelease."""
+        try:
+            return self._read(task, release)
+        except (DamagedRelease, UnknownRelease):
+            return self._read(task, release)  # it may have been rewritten while it was read
+
+    def _read(self, task: str, release: str) -> Release:
         directory = self._directory(task, release)
         card = self._card(task, release)
         files: dict[str, bytes] = {}
@@ -123,7 +165,7 @@ class ReleaseStore:
         Releases whose card is damaged or missing are left out.
         """
         cards: list[Json] = []
-        for release in self._names(task):
+        for release in self.names(task):
             try:
                 cards.append(self._card(task, release))
             except (DamagedRelease, UnknownRelease):
@@ -224,7 +266,7 @@ class ReleaseStore:
         )
 
     def _next_name(self, task: str) -> str:
-        taken = self._names(task)
+        taken = self.names(task)
         try:
             live = self.live(task)
         except DamagedRelease:
@@ -235,20 +277,21 @@ class ReleaseStore:
             taken += (*live.previous, live.release or "r0000")
         return f"r{max((int(name[1:]) for name in taken), default=0) + 1:04}"
 
-    def _names(self, task: str) -> tuple[str, ...]:
-        """Every release that has a directory, by number."""
+    def names(self, task: str) -> tuple[str, ...]:
+        """Every release that has a directory, intact or not, by number."""
         try:
-            names = [
-                p.name for p in self._releases(task).iterdir() if _RELEASE.fullmatch(p.name) and p.is_dir()
-            ]
+            folders = [p for p in self._releases(task).iterdir() if p.is_dir()]
         except (FileNotFoundError, NotADirectoryError):
             return ()
-        return tuple(sorted(names, key=lambda name: int(name[1:])))
+        names = {folder.name.removeprefix(_REPLACED) for folder in folders}
+        return tuple(sorted(filter(_RELEASE.fullmatch, names), key=lambda name: int(name[1:])))
 
     def _directory(self, task: str, release: str) -> Path:
         directory = self._releases(task) / release
+        if not directory.is_dir():
+            directory = self._releases(task) / f"{_REPLACED}{release}"  # for a moment, or since a writer died
         if not _RELEASE.fullmatch(release) or not directory.is_dir():
-            known = ", ".join(self._names(task)) or "none yet"
+            known = ", ".join(self.names(task)) or "none yet"
             raise UnknownRelease(f"task {task} has no release {release!r}; it has: {known}")
         return directory
 

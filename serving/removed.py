@@ -6,6 +6,7 @@ person asked to have erased, must not make that number smaller.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections import Counter
@@ -21,6 +22,7 @@ from serving.layout import task_directory
 
 _FILE = "removed.json"
 _LOCK = "removal.lock"
+_UNFINISHED = ".rewriting"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,18 @@ def write_removed(
     disk.write_file(temporary, orjson.dumps({"audits": dict(counted), "removing": sorted(removing)}))
     disk.rename(temporary, path)
     disk.sync_directory(path.parent)
+
+
+def unfinished(path: Path) -> Path:
+    """The name under which a segment is written anew before it takes the old one's place."""
+    return path.with_name(f".{path.name}{_UNFINISHED}")
+
+
+def clear_unfinished(directory: Path, disk: Disk) -> None:
+    """Remove what was left by a process that died while it wrote a segment anew. Hold `removing_alone` around it."""
+    with contextlib.suppress(OSError):
+        for path in directory.glob(f".*{_UNFINISHED}"):
+            disk.remove(path)
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from serving.disk import Disk
 from serving.layout import task_names
-from serving.removed import read_removed, removing_alone, write_removed
+from serving.removed import clear_unfinished, read_removed, removing_alone, write_removed
 from serving.segment_digest import DIGEST_SUFFIX, digest_of
-from serving.segments import OPEN_SUFFIX, segment_paths
+from serving.segments import OPEN_SUFFIX, events_directory, segment_paths
 
 _DAY_S = 86_400.0
 
@@ -41,6 +41,7 @@ def remove_expired(state_dir: Path, retention_days: float, *, now: float, disk: 
 
 
 def _remove_expired(state_dir: Path, task: str, before: float, disk: Disk) -> int:
+    clear_unfinished(events_directory(state_dir, task), disk)
     removed = read_removed(state_dir, task)
     audits: Counter[str] = Counter()
     expired: list[Path] = []

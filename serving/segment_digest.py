@@ -90,12 +90,20 @@ class Digest:
             self._count(id, event, len(line))
 
     def _count(self, id: str, event: Json, length: int) -> None:
-        audit, release = event.get("audit"), event.get("release")
-        by_student = "student" in (event.get("route"), event.get("origin"))
-        if by_student and isinstance(release, str) and audit in ("pending", "answered", "missing"):
+        release = audited_release(event)
+        if release is not None:
             self.audits[release] += 1
-        if audit == "pending":
+        if event.get("audit") == "pending":
             self.owed[id] = self.size, length
+
+
+def audited_release(event: Json) -> str | None:
+    """The release whose answer an `answered` event tells of, if a coin picked it."""
+    release = event.get("release")
+    by_student = "student" in (event.get("route"), event.get("origin"))
+    if by_student and isinstance(release, str) and event.get("audit") in ("pending", "answered", "missing"):
+        return release
+    return None
 
 
 def digest_of(path: Path) -> Digest:

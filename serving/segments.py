@@ -1,7 +1,7 @@
 """Segments: the files of the event log, and who may touch them.
 
     state/tasks/<task>/events/<boot>-<pid>-<n>.jsonl.open    one writer appends, holding an exclusive flock
-    state/tasks/<task>/events/<boot>-<pid>-<n>.jsonl         sealed by rename: immutable from then on
+    state/tasks/<task>/events/<boot>-<pid>-<n>.jsonl         sealed by rename: never appended to again
 
 The lock is what tells a living writer from one that was killed: the system drops it with the process. (A
 process id tells less: in a container the next process often has the number of the one that died.)
@@ -17,6 +17,7 @@ import re
 import socket
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -58,6 +59,21 @@ def segment_paths(state_dir: Path, task: str) -> list[Path]:
         except (FileNotFoundError, NotADirectoryError):
             continue
     return [directory / name for name in sorted(names, key=_order) if name.endswith(".jsonl")]
+
+
+def segment_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a segment under whichever name it has: it may be sealed between the two looks.
+
+    Raises FileNotFoundError if it is gone.
+    """
+    for name in (path, path.with_name(path.name + OPEN_SUFFIX), path):
+        try:
+            with name.open("rb") as file:
+                yield from file
+            return
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(path)
 
 
 def _order(name: str) -> tuple[list[int], str]:

@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import orjson
+
 from serving.audit_index import AuditIndex
 from serving.events import answered, encode
 from serving.exchange import Exchange
+from serving.forgetting import Whose, forget
 from serving.log import LogReader, seal_abandoned
+from serving.releases import ReleaseStore
 from serving.retention import remove_expired
 
 DAY = 86_400.0
@@ -22,6 +26,7 @@ DYING = """
 import os, signal, sys
 from pathlib import Path
 from serving.disk import Disk
+from serving.forgetting import Whose, forget
 from serving.log import seal_abandoned
 from serving.retention import remove_expired
 from serving.segments import SegmentWriter
@@ -52,6 +57,9 @@ def write(state_dir, disk):
 work = {
     "write": write,
     "seal": lambda state_dir, disk: seal_abandoned(state_dir, disk=disk),
+    "forget": lambda state_dir, disk: forget(
+        state_dir, Whose(user="mine"), noticed_within_s=0.0, disk=disk
+    ),
     "remove": lambda state_dir, disk: remove_expired(state_dir, 30, now=100 * 86400.0, disk=disk),
 }[sys.argv[1]]
 # A process for every operation it may die before; the last one doesn't die.
@@ -147,3 +155,30 @@ def test_while_removing_what_is_too_old(tmp_path: Path) -> None:
         remove_expired(state_dir, 30, now=NOW)
         assert ids(state_dir) == ["new"]
         assert AuditIndex(state_dir).accepted("t", "r0001") == 4
+
+
+def test_while_forgetting(tmp_path: Path) -> None:
+    def whose(id: str, user: str) -> Exchange:
+        made = exchange(id, 1)
+        return replace(made, request={**made.request, "user": user})
+
+    for operations in range(60):
+        state_dir = tmp_path / str(operations)
+        place(state_dir, "00000000-1-1.jsonl", whose("mine-1", "mine"), whose("other-1", "other"))
+        place(state_dir, "00000000-1-2.jsonl", whose("mine-2", "mine"))
+        place(state_dir, "00000000-1-3.jsonl", whose("other-2", "other"))
+        held_out = {id: [1.0, "lost"] for id in ("mine-1", "mine-2", "other-1")}
+        ReleaseStore(state_dir).write("t", {"held_out.json": orjson.dumps(held_out)}, {"created": NOW})
+    for state_dir, _ in deaths("forget", tmp_path):
+        found = LogReader(state_dir).exchanges("t")
+        assert {"other-1", "other-2"} <= {exchange.id for exchange in found.exchanges}
+        assert found.damaged == 0
+        release = ReleaseStore(state_dir).read("t", "r0001")
+        assert "other-1" in orjson.loads(release.files["held_out.json"])
+        assert ReleaseStore(state_dir).names("t") == ("r0001",)
+        # The next run does the rest, and what the one that died had begun is gone.
+        assert forget(state_dir, Whose(user="mine"), noticed_within_s=0.0).left == []
+        assert ids(state_dir) == ["other-1", "other-2"]
+        assert not list(state_dir.rglob("*.rewriting"))
+        left = ReleaseStore(state_dir).read("t", "r0001").files["held_out.json"]
+        assert list(orjson.loads(left)) == ["other-1"]
