@@ -186,20 +186,21 @@ class Sharing:
         sent = 0
         while True:
             fresh = flight.chunks[sent:]
-            sent += len(fresh)
             if fresh:
-                shown = (chunk for chunk in fresh if not chunk.usage_only or turn.chat.wants_usage)
-                yield b"".join(sse(_readdressed(turn, chunk) if follows else chunk.raw) for chunk in shown)
-            elif flight.over:
-                break
-            elif flight.answer is not None and not flight.chunks:
-                sent_whole = flight.answer
-                yield cut(turn, _own(turn, sent_whole) if follows else sent_whole.completion)
-                while not flight.over:
-                    await flight.news()
+                sent += len(fresh)
+                shown = [chunk for chunk in fresh if not chunk.usage_only or turn.chat.wants_usage]
+                if shown:
+                    yield b"".join(
+                        sse(_readdressed(turn, chunk) if follows else chunk.raw) for chunk in shown
+                    )
+            elif flight.over or flight.answer is not None:
                 break
             else:
                 await flight.news()
+        if flight.answer is not None and not sent:
+            yield cut(turn, _own(turn, flight.answer) if follows else flight.answer.completion)
+        while not flight.over:
+            await flight.news()
         if flight.error is not None or flight.answer is None:
             yield self._presenter.broken(turn, flight.error or RuntimeError("no answer"))
             return

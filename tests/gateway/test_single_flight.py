@@ -281,3 +281,14 @@ async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not await asyncio.to_thread(holds):  # noqa: ASYNC110 - it happens in another process or thread
             await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("latency_ms", [0, 300])
+def test_streams_follow_an_answer_that_comes_whole(started: Start, latency_ms: float) -> None:
+    running, teacher = started(latency_ms=latency_ms)
+
+    async def all_at_once(crowd: Crowd) -> list[tuple[str, str]]:
+        return await asyncio.gather(crowd.whole(), *(crowd.streamed() for _ in range(10)))
+
+    assert {text for _, text in together(running.url, all_at_once)} == {ANSWER}
+    assert teacher.stats()["chat"] == 1
