@@ -22,6 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from gateway import names
 from gateway.access_log import AccessLog
 from gateway.admin import Readiness, create_admin
+from gateway.admission import TEACHERS_SHARE, Admission
 from gateway.attempts import Attempts
 from gateway.audits import Audits
 from gateway.auth import AdminGate, Gate
@@ -45,6 +46,7 @@ from serving.layout import task_names
 from serving.log import EventLog
 from serving.pricing import PriceList
 from serving.settings import Settings
+from serving.slots import Slots
 from serving.teacher import Teacher
 from serving.upstream import Upstream
 
@@ -76,6 +78,7 @@ class Parts:
     tasks: Tasks
     audits: Audits
     cache: Kept[Cache]
+    admission: Admission
     chat: ChatEndpoint
     passthrough: Passthrough
     access_log: AccessLog
@@ -119,7 +122,7 @@ class Gateway:
         elif scope["path"].startswith("/v1/") and generation is not None:
             parts = generation.enter()
             try:
-                await self._observed(parts, Client(scope, receive, send))
+                await self._admitted(parts, Client(scope, receive, send))
             finally:
                 generation.leave()
         else:
@@ -159,6 +162,19 @@ class Gateway:
         retiring.add_done_callback(self._retiring.discard)
         return kept
 
+    async def _admitted(self, parts: Parts, client: Client) -> None:
+        """Take a request on if there is room for it."""
+        endpoint = parts.chat if _is_chat(client) else parts.passthrough
+        held = client.held_bytes(endpoint.max_held_bytes)
+        refusal = parts.admission.enter(held)
+        if refusal is not None:
+            await client.turn_away(refusal)
+            return
+        try:
+            await self._observed(parts, client)
+        finally:
+            parts.admission.leave(held)
+
     async def _observed(self, parts: Parts, client: Client) -> None:
         if parts.tracing is None:
             await self._serve(parts, client)
@@ -169,7 +185,7 @@ class Gateway:
     @staticmethod
     async def _serve(parts: Parts, client: Client) -> None:
         try:
-            if client.method == "POST" and client.target.partition("?")[0] == names.CHAT_PATH:
+            if _is_chat(client):
                 await parts.chat(client)
             else:
                 await parts.passthrough(client)
@@ -255,13 +271,15 @@ class Gateway:
             upstream = Upstream(
                 settings.teacher.base_url,
                 timeout_s=settings.teacher.timeout_s,
-                max_connections=settings.teacher.max_concurrency,
+                max_connections=0,
             )
             stack.push_async_callback(upstream.aclose)
             make_tracing, make_teacher = tracing_of(settings)
             tracing = None if make_tracing is None else make_tracing(settings.teacher.base_url)
             if tracing is not None:
                 stack.push_async_callback(tracing.aclose)
+            room = max(1, int(TEACHERS_SHARE * settings.server.max_concurrency))
+            at_once = min(settings.teacher.max_concurrency, room)
             for requests in ("chat", "other"):
                 metrics.record_breaker(requests, State.CLOSED)
             teacher = make_teacher(
@@ -269,6 +287,7 @@ class Gateway:
                 upstream,
                 key,
                 prices,
+                slots=Slots(at_once, waiting=min(at_once, room - at_once)),
                 on_breaker=metrics.record_breaker,
                 on_retry=metrics.record_retry,
             )
@@ -311,6 +330,11 @@ class Gateway:
                 tasks=tasks,
                 audits=audits,
                 cache=cache,
+                admission=Admission(
+                    metrics,
+                    max_requests=settings.server.max_concurrency,
+                    max_bytes=settings.server.max_held_bytes,
+                ),
                 chat=ChatEndpoint(pipeline, gate, metrics, max_body_bytes=settings.server.max_body_bytes),
                 passthrough=Passthrough(teacher, gate, metrics),
                 access_log=AccessLog(sample=settings.observe.access_log_sample),
@@ -362,6 +386,10 @@ def tracing_of(settings: Settings) -> tuple[type[Tracing] | None, type[Teacher]]
             "pip install 'understudy[otel]', or set observe.otel = false"
         ) from None
     return Tracing, TracedTeacher
+
+
+def _is_chat(client: Client) -> bool:
+    return client.method == "POST" and client.target.partition("?")[0] == names.CHAT_PATH
 
 
 async def _guarded(name: str, work: Coroutine[None, None, None]) -> None:

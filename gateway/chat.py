@@ -21,14 +21,14 @@ class ChatEndpoint:
         self._pipeline = pipeline
         self._gate = gate
         self._metrics = metrics
-        self._max_body_bytes = max_body_bytes
+        self.max_held_bytes = max_body_bytes
 
     async def __call__(self, client: Client) -> None:
         """Serve one request to its end."""
         began = time.perf_counter()
         try:
             caller = self._gate.admit(client.header("authorization"))
-            raw = await client.read(self._max_body_bytes)
+            raw = await client.read(self.max_held_bytes)
         except ClientGone:
             return
         except RequestError as error:

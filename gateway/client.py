@@ -18,6 +18,7 @@ from gateway.turn import Turn
 from serving.chat import sse
 from serving.errors import RequestError
 
+_DROPPED_AT_MOST = 1024 * 1024
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -71,6 +72,13 @@ class Client:
     def has_body(self) -> bool:
         """Say whether the request announces a body."""
         return bool(self.declared_bytes()) or self.header("transfer-encoding") is not None
+
+    def held_bytes(self, limit: int) -> int:
+        """Return how many bytes its body may take, of `limit` at most; one of unknown length takes them all."""
+        declared = self.declared_bytes()
+        if declared is None:
+            return limit if self.has_body() else 0
+        return min(declared, limit)
 
     async def read(self, limit: int) -> bytes:
         """Return the body. Raises RequestError (413) beyond `limit` bytes, ClientGone if it ends early."""
@@ -150,6 +158,16 @@ class Client:
             name == b"content-type" and value.startswith(b"text/event-stream") for name, value in self._head
         ):
             await self.piece(sse(refusal.body))
+
+    async def turn_away(self, refusal: Refusal) -> None:
+        """Send an error without having read the body.
+
+        What still comes of a small one is dropped, and the connection kept: a client that is closed on while
+        it sends may never see why. One that is long, or doesn't say, isn't worth that.
+        """
+        declared = self.declared_bytes() if self.has_body() else 0
+        close = declared is None or declared > _DROPPED_AT_MOST
+        await self.refuse(refusal, [("connection", "close")] if close else [])
 
     async def whole(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
         """Send a whole answer."""

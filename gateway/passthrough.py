@@ -25,7 +25,9 @@ _TOLD = [(names.ROUTE_HEADER, "teacher"), (names.REASON_HEADER, names.REASON_PAS
 
 
 class Passthrough:
-    """Passes requests on."""
+    """Passes requests on. Of a body, `max_held_bytes` are in memory at most."""
+
+    max_held_bytes = _HELD_BYTES
 
     def __init__(self, teacher: Teacher, gate: Gate, metrics: Metrics) -> None:
         self._teacher = teacher

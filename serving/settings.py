@@ -66,6 +66,14 @@ class ServerSettings(Section):
     grace_s: float = Field(
         30.0, ge=0, description="how long requests under way may take after the gateway was told to stop"
     )
+    max_concurrency: int = Field(
+        2000, ge=1, description="requests under way at once, in each worker; beyond, 429"
+    )
+    max_held_bytes: int = Field(
+        256 * 1024 * 1024,
+        ge=1024,
+        description="request bodies under way at once, in each worker; beyond, 429",
+    )
     max_tasks: int = Field(200, ge=1, description="unseen prompts become tasks by themselves up to this many")
     api_keys: list[SecretStr] = Field(
         default=[], description="the gateway's own keys, plain or as sha256:<hex>"

@@ -111,7 +111,7 @@ class Upstream:
     """A pool of connections to one base URL.
 
     `timeout_s` bounds every silence: connecting (at most 10 s), waiting for the head of an answer and for
-    each piece of its body. `max_connections` bounds the requests under way at once; the others wait for
+    each piece of its body. `max_connections` bounds the requests under way at once (0: not at all); the others wait for
     their turn. Belongs to the event loop of its first request.
     """
 
