@@ -352,5 +352,24 @@ def forget(
     raise typer.Exit(1 if erasure.left else 0)
 
 
+@app.command()
+def doctor(
+    config: _Config = None,
+    ask: Annotated[
+        bool, typer.Option("--ask", help="Ask the teacher for one token, which costs what it costs.")
+    ] = False,
+    json: _AsJson = False,
+) -> None:
+    """Check the configuration against the real teacher, Redis and disk, and say what to mend."""
+    from serving.settings import load_settings
+
+    settings = load_settings(config)
+    from gateway.doctor import examine, is_fit, print_findings
+
+    findings = examine(settings, ask=ask)
+    print_findings(findings, as_json=json)
+    raise typer.Exit(0 if is_fit(findings) else 1)
+
+
 if __name__ == "__main__":
     main()

@@ -130,6 +130,11 @@ class Upstream:
         host = self._base.hostname or ""
         return host if self._base.port is None else f"{host}:{self._base.port}"
 
+    @property
+    def proxied(self) -> bool:
+        """Whether a proxy of the environment stands between."""
+        return self._proxy is not None
+
     def url(self, path: str) -> str:
         """Say where `path` (with its query) lies: below the base URL's own path, whose query is kept."""
         if not self._query:

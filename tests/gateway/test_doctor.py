@@ -1,0 +1,170 @@
+"""`understudy doctor`, run as people run it, against teachers and Redis servers that are well and that aren't."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.doctor_local import check_configuration, check_disk
+from gateway.doctor_remote import check_redis
+from serving.settings import CacheSettings, ServerSettings, Settings, TeacherSettings
+
+Start = Callable[..., Any]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def doctor(tmp_path: Path) -> Start:
+    """Run the command on a configuration; gives its exit code and what it printed."""
+
+    def run(toml: str, *options: str, **env: str) -> tuple[int, str, str]:
+        (tmp_path / "understudy.toml").write_text(toml)
+        done = subprocess.run(
+            [sys.executable, "-m", "understudy", "doctor", *options],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def config(teacher: str, more: str = "") -> str:
+    return f"""
+state_dir = "here"
+[teacher]
+base_url = "{teacher}/v1"
+model = "big"
+api_key_env = "TEACHER_KEY"
+trainable = true
+price = {{input = 10.0, output = 30.0}}
+{more}
+"""
+
+
+def verdicts(out: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for finding in json.loads(out)["findings"]:
+        assert (finding["advice"] is None) == (finding["verdict"] == "ok")
+        found.setdefault(finding["check"], []).append(finding["verdict"])
+    return found
+
+
+def test_a_sound_configuration_is_found_so(
+    doctor: Start, stand_in: Start, redis: Start, tmp_path: Path
+) -> None:
+    teacher = stand_in({}, api_key="sk-teacher", default="yes", model="big")
+    cache = redis("--maxmemory", "32mb", "--maxmemory-policy", "allkeys-lru", password="redis-secret")
+    toml = config(teacher.url, f'[cache]\nurl = "{cache.url}"')
+    code, out, err = doctor(toml, "--ask", "--json", TEACHER_KEY="sk-teacher")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["fit"] is True
+    found = verdicts(out)
+    assert found["teacher"] == ["ok", "ok"]
+    assert found["clock"] == found["price"] == found["answer"] == ["ok"]
+    assert found["redis"] == ["ok", "ok"]
+    assert not any("problem" in each for each in found.values())
+    assert teacher.stats()["answered"] == 1, "one answer was paid for"
+    assert list((tmp_path / "here").iterdir()) == [], "nothing is left behind"
+    assert cache.command("DBSIZE") == 0
+    code, out, err = doctor(toml, TEACHER_KEY="sk-teacher")
+    assert (code, err) == (0, "")
+    assert "an fsync takes" in out
+    assert teacher.stats()["answered"] == 1, "only --ask pays"
+    assert "secret" not in out
+    assert "sk-teacher" not in out
+
+
+def test_what_is_wrong_is_named_with_what_to_do_and_without_secrets(
+    doctor: Start, stand_in: Start, redis: Start
+) -> None:
+    teacher = stand_in({}, api_key="sk-right")
+    cache = redis(password="redis-secret")
+    url = cache.url.replace("redis-secret", "redis-wrong-secret")
+    toml = config(teacher.url, f'[server]\nhost = "0.0.0.0"\nadmin_key = "sk-admin"\n[cache]\nurl = "{url}"')
+    code, out, err = doctor(toml, "--json", "--ask", TEACHER_KEY="sk-wrong")
+    assert (code, err) == (1, "")
+    found = verdicts(out)
+    assert found["keys"] == ["problem"], "anyone may spend the teacher's key"
+    assert found["teacher"] == ["ok", "problem"]
+    assert found["answer"] == ["problem"]
+    assert found["redis"] == ["problem"]
+    assert "doesn't accept the key in TEACHER_KEY: 401" in out
+    for secret in ("sk-wrong", "sk-admin", "secret"):
+        assert secret not in out
+
+
+def test_what_cant_be_read_or_reached_is_said(doctor: Start, tmp_path: Path) -> None:
+    code, out, err = doctor("[server]\nprot = 1\n")
+    assert (code, out) == (2, "")
+    assert err == "understudy: unknown key server.prot: did you mean server.port?\n"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    (tmp_path / "here").write_text("")
+    code, out, _ = doctor(config(f"http://127.0.0.1:{port}"), "--json", TEACHER_KEY="k")
+    assert code == 1
+    assert f"no connection to 127.0.0.1:{port}: " in out
+    found = verdicts(out)
+    assert found["disk"] == found["teacher"] == ["problem"]
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict"),
+    [(401, "problem"), (403, "problem"), (404, "warning"), (500, "warning"), (429, "warning")],
+)
+def test_a_teacher_without_models_may_still_do(
+    doctor: Start, serve: Start, status: int, verdict: str
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    code, out, _ = doctor(config(serve(app)), "--json", TEACHER_KEY="k")
+    assert verdicts(out)["teacher"] == ["ok", verdict]
+    assert code == (1 if verdict == "problem" else 0)
+
+
+def test_settings_that_contradict_each_other_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TEACHER_KEY", raising=False)
+    settings = Settings(
+        server=ServerSettings(host="10.0.0.1", port=9000, api_keys=["plain"]),
+        teacher=TeacherSettings(base_url="http://127.0.0.1:9000/v1", api_key_env="TEACHER_KEY"),
+        cache=CacheSettings(share="task"),
+    )
+    found = {finding.check: finding for finding in check_configuration(settings)}
+    assert "environment variable TEACHER_KEY is empty" in found["keys"].said
+    assert "nobody can read /metrics" in found["metrics"].said
+    assert found["learning"].said == "nothing is learned: teacher.trainable is false"
+    itself = settings.model_copy(update={"server": ServerSettings(port=9000)})
+    assert "this gateway itself" in {f.check: f for f in check_configuration(itself)}["teacher"].said
+
+
+def test_a_redis_that_grows_or_fills_up_is_warned_about(redis: Start) -> None:
+    grows = asyncio.run(check_redis(CacheSettings(url=redis().url).url))
+    assert [finding.verdict for finding in grows] == ["ok", "warning"]
+    assert "maxmemory 0" in grows[1].said
+    fills = asyncio.run(check_redis(CacheSettings(url=redis("--maxmemory", "32mb").url).url))
+    assert "noeviction" in fills[1].said
+    full = asyncio.run(check_redis(CacheSettings(url=redis("--maxmemory", "1").url).url))
+    assert [finding.verdict for finding in full] == ["problem"]
+    assert full[0].said.startswith("refuses to store anything (O")
+
+
+def test_a_folder_that_cant_be_written_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (finding,) = check_disk(tmp_path / "file" / "state")
+    assert finding.verdict == "problem"
