@@ -99,13 +99,13 @@ def test_it_never_holds_more_than_allowed_nor_what_was_not_put(
 
 
 def test_the_bytes_counted_are_those_really_taken() -> None:
-    limit = 4 * 1024 * 1024
+    limit = 2 * 1024 * 1024
     gc.collect()
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         level = MemoryLevel(limit)
-        for number in range(40_000):
+        for number in range(16_000):
             level.put(f"tenant/task/1/{number:064x}", b"%d" % number * 20, 60.0)
         gc.collect()
         taken = tracemalloc.get_traced_memory()[0] - before
