@@ -56,6 +56,8 @@ class RedisLevel:
 
     async def read(self, *names: str) -> tuple[bytes | None, ...] | None:
         """Return what stands under names of one slot, all at one moment; None if Redis can't be asked."""
+        if self._presence.client is None:
+            return None
         try:
             return await self._reads.ask(names)
         except RedisLost:
@@ -63,6 +65,8 @@ class RedisLevel:
 
     async def call(self, command: Command) -> int | None:
         """Run a command whose reply is a number; None if Redis can't be asked, or refuses."""
+        if self._presence.client is None:
+            return None
         try:
             reply = await self._calls.ask(command)
         except RedisLost:

@@ -51,9 +51,7 @@ class Lane(Generic[Q, A]):
         self._running: asyncio.Task[None] | None = None
 
     async def ask(self, question: Q) -> A:
-        """Return the answer, or raise RedisLost; at once while Redis is known to be lost."""
-        if self._presence.client is None:
-            raise RedisLost("it is lost for the moment")
+        """Return the answer, or raise RedisLost."""
         loop = asyncio.get_running_loop()
         waiting: _Waiting[Q, A] = _Waiting(question, loop.create_future(), loop.time())
         self._gathering.append(waiting)
