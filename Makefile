@@ -61,6 +61,9 @@ lock: $(STAMP) ## pin what pyproject.toml asks for, with hashes (UPGRADE=--upgra
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --output-file requirements.lock --quiet $(UPGRADE) \
 		--universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock"
+	$(BIN)/uv pip compile pyproject.toml --extra otel --constraint requirements.lock --quiet --no-annotate \
+		--output-file deploy/container/requirements.lock \
+		--universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock"
 
 wheel: $(STAMP) ## build dist/understudy-*.whl
 	$(BIN)/python -m build --wheel --no-isolation

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from gateway import names
@@ -38,6 +40,32 @@ def test_a_client_cant_create_a_series(stand_in: Start, gateway: Start) -> None:
     assert len(set(re.findall(r'task="(auto-[^"]*)"', text))) == 3
     assert "made/up" not in text
     assert "mine" not in text
+
+
+def test_the_keeper_says_when_it_came_round(stand_in: Start, gateway: Start, eventually: Start) -> None:
+    began = time.time()
+    running = gateway(stand_in({}).url)
+    eventually(lambda: running.metric("understudy_keeper_round_timestamp_seconds") >= began)
+
+
+def test_a_task_with_a_release_says_what_it_promises(
+    stand_in: Start, gateway: Start, publish: Start, tmp_path: Path
+) -> None:
+    publish(tmp_path / "state", "small", {"parcel lost": "lost", "parcel late": "late"})
+    running = gateway(stand_in({}).url, task=[{"name": "small", "max_disagreement": 0.07}])
+    assert running.metric("understudy_max_disagreement", task="small") == 0.07
+
+
+def test_a_run_of_learning_is_counted(
+    stand_in: Start, gateway: Start, write_log: Start, exchanges: Start
+) -> None:
+    write_log(exchanges([("a parcel", "lost")] * 3))
+    running = gateway(stand_in({}).url, learning={"interval_s": 0.1})
+    # A process of its own, which a busy machine starts slowly.
+    deadline = time.monotonic() + 60
+    while running.metric("understudy_learning_runs_total", outcome="ended") < 1:
+        assert time.monotonic() < deadline, "it never ended"
+        time.sleep(0.1)
 
 
 def test_time_tokens_and_money_are_counted(stand_in: Start, gateway: Start) -> None:
