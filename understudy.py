@@ -237,16 +237,26 @@ _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @app.command()
 def tasks(config: _Config = None, json: _AsJson = False) -> None:
-    """List the tasks found in the traffic: volume, answers, spend, and whether a student looks worth it."""
+    """List the tasks found in the traffic: volume, answers, spend, and whether a student looks worth it.
+
+    Prompts that look like one template filled in anew are reported with a rule that makes them one task.
+    """
     from distillation.console import print_json, print_tasks
     from distillation.economics import summarise
+    from distillation.prompts import Prompts
+    from distillation.templates import find_templates
+    from serving.rules import Rules
     from serving.settings import load_settings
 
-    summaries = summarise(load_settings(config))
+    settings = load_settings(config)
+    prompts = Prompts(Rules(settings))
+    summaries = summarise(settings, prompts)
+    templates = find_templates(prompts.all())
     if json:
-        print_json({"tasks": [summary.to_json() for summary in summaries]})
+        tasks = [summary.to_json() for summary in summaries]
+        print_json({"tasks": tasks, "templates": [template.to_json() for template in templates]})
     else:
-        print_tasks(summaries)
+        print_tasks(summaries, templates, prompts.named)
 
 
 @app.command()

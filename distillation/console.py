@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import orjson
 from rich.console import Console
@@ -14,6 +16,7 @@ from rich.table import Table
 
 from distillation.economics import TaskSummary
 from distillation.learning import Lesson
+from distillation.templates import Template
 from serving.exchange import Json
 from serving.forgetting import Erasure
 from serving.releases import Live
@@ -98,8 +101,16 @@ def _day(seconds: float | None) -> str:
     return "?" if seconds is None else time.strftime("%Y-%m-%d", time.gmtime(seconds))
 
 
-def print_tasks(summaries: list[TaskSummary]) -> None:
-    """The tasks as a table."""
+def print_tasks(
+    summaries: list[TaskSummary],
+    templates: Sequence[Template] = (),
+    named: Mapping[str, int] = MappingProxyType({}),
+) -> None:
+    """The tasks as a table, and the templates with their rules.
+
+    Tasks that hold nothing but a template are shown as its row. Those that hold only requests that a rule has named
+    since (`named`, by task) are counted below.
+    """
     if not summaries:
         print("no tasks yet: send requests through the gateway first")
         return
@@ -110,7 +121,13 @@ def print_tasks(summaries: list[TaskSummary]) -> None:
     table.add_column("live")
     table.add_column("sees")
     table.add_column("worth a student?")
-    for summary in summaries:
+    for template in templates:
+        _add_template(table, template)
+    filled = Counter[str](named)
+    for template in templates:
+        filled.update(template.tasks)
+    shown = [one for one in summaries if not one.exchanges or filled[one.task] < one.exchanges or one.release]
+    for summary in shown:
         by_student = summary.routes.get("student", 0)
         each = summary.teacher_cost_usd
         table.add_row(
@@ -125,6 +142,42 @@ def print_tasks(summaries: list[TaskSummary]) -> None:
             summary.outlook,
         )
     Console().print(table)
+    gone = [one for one in summaries if one not in shown and named.get(one.task)]
+    if gone:
+        requests = sum(named[one.task] for one in gone)
+        print(f"{requests:,} requests of {len(gone):,} tasks, not shown, are from before a rule named them")
+    for template in templates:
+        _print_rule(template)
     damaged = sum(summary.damaged_lines for summary in summaries)
     if damaged:
         print(f"{damaged} damaged lines in the log were skipped")
+
+
+def _add_template(table: Table, template: Template) -> None:
+    each = template.cost_usd / template.requests if template.requests else 0.0
+    table.add_row(
+        template.name,
+        f"{template.requests:,}",
+        "–",
+        "–",
+        f"${template.cost_usd:,.4f}",
+        f"${each:.6f}",
+        "–",
+        "–",
+        f"no task: {template.prompts:,} prompts in {len(template.tasks):,} tasks look like one template, see below",
+    )
+
+
+def _print_rule(template: Template) -> None:
+    print(
+        f"\n{template.name}: {template.prompts:,} prompts look like one template. In its slots stands, for instance:"
+    )
+    for slots in template.slots:
+        print("  " + " | ".join(slots))
+    if template.rule is None:
+        print("No rule tells them from other prompts: name the task in x-understudy-task or in metadata.")
+        return
+    print(
+        f"If they are one task, this makes them one, from now on ({template.requests:,} requests, "
+        f"${template.cost_usd:,.4f} so far). Append it to the configuration:\n\n{template.rule}"
+    )

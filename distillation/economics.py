@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from distillation.dataset import Dataset, build_dataset
 from distillation.due import not_due
 from distillation.journal import LookJournal
+from distillation.prompts import Prompts
 from routers.looks import unseen_chance
 from serving.agreement import comparison
 from serving.errors import DamagedRelease
@@ -48,15 +49,20 @@ class TaskSummary:
         return asdict(self)
 
 
-def summarise(settings: Settings) -> list[TaskSummary]:
-    """All tasks that have a log, the most expensive first."""
+def summarise(settings: Settings, prompts: Prompts | None = None) -> list[TaskSummary]:
+    """All tasks that have a log, the most expensive first.
+
+    `prompts` takes in those of the tasks that aren't configured: each log is read once.
+    """
     reader = LogReader(settings.state_dir)
-    summaries = [_summary(settings, reader, task) for task in reader.tasks()]
+    summaries = [_summary(settings, reader, task, prompts) for task in reader.tasks()]
     return sorted(summaries, key=lambda summary: (-summary.cost_usd, -summary.exchanges, summary.task))
 
 
-def _summary(settings: Settings, reader: LogReader, task: str) -> TaskSummary:
+def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts | None) -> TaskSummary:
     read = reader.exchanges(task)
+    if prompts is not None and all(task != configured.name for configured in settings.task):
+        prompts.add(task, ((exchange, _cost(exchange)) for exchange in read.exchanges))
     policy = settings.for_task(task) if task not in RESERVED_TASKS else TaskSettings(name=task)
     dataset = build_dataset(read.exchanges, comparison(policy.agreement), policy.student.sees)
     answers = dataset.answers

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from serving.agreement import Comparison, comparison
-from serving.chat import system_text
 from serving.exchange import Json
 from serving.fingerprint import fingerprint
-from serving.settings import Match, Settings, TaskSettings
+from serving.rules import Rules
+from serving.settings import Settings, TaskSettings
 
 OVERFLOW = "other"
 """Where the requests of every prompt go that is no task: not yet, or beyond `server.max_tasks`. Nothing is
@@ -30,13 +28,6 @@ class Found(NamedTuple):
 
     task: str
     newcomer: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    task: str
-    match: Match
-    system: re.Pattern[str] | None
 
 
 class Tasks:
@@ -68,11 +59,7 @@ class Tasks:
         self._answers: OrderedDict[str, int] = OrderedDict()
         self._policies: dict[str, TaskSettings] = {}
         self._comparisons: dict[str, Comparison] = {}
-        self._rules = [
-            _Rule(task.name, task.match, re.compile(task.match.system) if task.match.system else None)
-            for task in settings.task
-            if task.match
-        ]
+        self._rules = Rules(settings)
         self._look()
 
     def find(self, request: Json, header: str | None) -> Found:
@@ -83,9 +70,9 @@ class Tasks:
         """
         if header is not None and self._is_known(header):
             return Found(header)
-        for rule in self._rules:
-            if _matches(rule, request, header):
-                return Found(rule.task)
+        named = self._rules.task_of(request, header)
+        if named is not None:
+            return Found(named)
         name = DISCOVERED + fingerprint(request)
         if not self._is_known(name) and self._clock() - self._looked_at >= _LOOK_AGAIN_S:
             self._look()
@@ -131,18 +118,3 @@ class Tasks:
     def _look(self) -> None:
         self._looked_at = self._clock()
         self._discovered |= set(self._on_disk()) - self._configured - {OVERFLOW}
-
-
-def _matches(rule: _Rule, request: Json, header: str | None) -> bool:
-    match = rule.match
-    if match.header is not None and header != match.header:
-        return False
-    if match.model is not None and request.get("model") != match.model:
-        return False
-    if match.metadata:
-        metadata = request.get("metadata")
-        if not isinstance(metadata, dict):
-            return False
-        if any(metadata.get(key) != value for key, value in match.metadata.items()):
-            return False
-    return rule.system is None or rule.system.search(system_text(request)) is not None
