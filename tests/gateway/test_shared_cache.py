@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ def ask(gateway: Any, text: str, **headers: str) -> tuple[str, str]:
     return reply.headers["x-understudy-route"], reply.json()["choices"][0]["message"]["content"]
 
 
-def two_gateways(gateway: Any, teacher: str, redis_url: str, tmp_path: Path) -> list[Any]:
+def two_gateways(gateway: Any, teacher: str, redis_url: str, tmp_path: Path, **cache: Any) -> list[Any]:
     """Each with a state directory of its own, and the same tasks."""
     return [
-        gateway(teacher, task=[{"name": "small"}], cache={"url": redis_url}, state_dir=tmp_path / name)
+        gateway(
+            teacher, task=[{"name": "small"}], cache={"url": redis_url, **cache}, state_dir=tmp_path / name
+        )
         for name in ("a", "b")
     ]
 
@@ -87,3 +90,25 @@ def test_a_redis_that_dies_is_a_metric_and_nothing_a_client_sees(
     assert ask(one, "question 0") == ("cache", "answer")
     server.start()
     eventually(lambda: counts("miss"))
+
+
+def test_what_many_ask_of_two_gateways_at_once_the_teacher_is_asked_once(
+    redis: Any, stand_in: Any, gateway: Any, eventually: Any, tmp_path: Path
+) -> None:
+    teacher = stand_in({f"question {number}": "answer" for number in range(100)}, latency_ms=300)
+    both = two_gateways(gateway, teacher.url, redis().url, tmp_path, single_flight="replicas")
+    questions = iter(range(100))
+
+    def asked_at_once() -> int:
+        """How often the teacher is asked what sixteen ask the two gateways."""
+        question = f"question {next(questions)}"
+        before = teacher.stats()["chat"]
+        with ThreadPoolExecutor(16) as clients:
+            told = list(clients.map(lambda number: ask(both[number % 2], question), range(16)))
+        assert {answer for _, answer in told} == {"answer"}
+        assert sum(route == "teacher" for route, _ in told) == teacher.stats()["chat"] - before
+        return int(teacher.stats()["chat"] - before)
+
+    # Without Redis, before both are connected or when the machine is too busy, each gateway asks once.
+    eventually(lambda: asked_at_once() == 1)
+    assert asked_at_once() <= 2
