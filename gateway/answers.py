@@ -17,6 +17,7 @@ from gateway.turn import Turn
 from serving.chat import completion
 from serving.errors import RequestError, UpstreamError, UpstreamRefused
 from serving.exchange import Json
+from serving.guarded_student import StudentUnavailable
 from serving.slots import UpstreamBusy
 from serving.teacher import Chunk, Teacher, TeacherStream
 
@@ -151,9 +152,14 @@ class Answers:
             decision = release.router.decide(answer.score, release.comparison.key(answer.choices))
         except RequestError:
             raise
-        except Exception:
-            log.exception("task %s: the student of release %s failed", turn.task, release.name)
-            self._metrics.record_upstream_error(STUDENT, "broken")
+        except Exception as error:
+            if isinstance(error, StudentUnavailable):
+                kind = "unavailable"
+                log.warning("task %s: the student of release %s: %s", turn.task, release.name, error)
+            else:
+                kind = "broken"
+                log.exception("task %s: the student of release %s failed", turn.task, release.name)
+            self._metrics.record_upstream_error(STUDENT, kind)
             turn.spoiled = True
             return names.REASON_STUDENT_ERROR
         finally:

@@ -24,7 +24,7 @@ from gateway.access_log import AccessLog
 from gateway.admin import Readiness, create_admin
 from gateway.admission import TEACHERS_SHARE, Admission
 from gateway.attempts import Attempts
-from gateway.audits import Audits
+from gateway.audits import WAITS_FOR_S, Audits
 from gateway.auth import AdminGate, Gate
 from gateway.cache import Cache
 from gateway.cache_key import cache_scope
@@ -361,7 +361,9 @@ def _tasks(settings: Settings, known: Iterable[str] = ()) -> Tasks:
 
 
 def _audit_deadline_s(settings: Settings) -> float:
-    return settings.teacher.timeout_s + _AUDIT_GRACE_S
+    # A client's key is known to one process only: nobody else can finish its audits.
+    own_key = bool(settings.server.api_keys) or settings.teacher_key() is not None
+    return max(settings.teacher.timeout_s + _AUDIT_GRACE_S, 0.0 if own_key else WAITS_FOR_S)
 
 
 async def _finish_audits(parts: Parts) -> None:

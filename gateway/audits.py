@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Iterable, Sequence
 
@@ -17,22 +18,30 @@ from gateway.live import LiveReleases
 from gateway.metrics import Metrics
 from gateway.tasks import Tasks
 from serving import events
-from serving.errors import UpstreamError, UpstreamRefused
+from serving.errors import UpstreamError, UpstreamRefused, UpstreamUnavailable
 from serving.exchange import Exchange, TeacherAnswer
+from serving.slots import UpstreamBusy
 from serving.teacher import Teacher
+from serving.upstream import NothingSent
 
 log = logging.getLogger("understudy.audits")
 
 _CONCURRENCY = 8
 _MOST_WAITING = 1000
+WAITS_FOR_S = 3600.0
+"""How long an audit waits for a teacher that isn't there; later it counts as missing anyway."""
+_LOOK_AGAIN_S = 10.0
+_HAND_OVER_S = 60.0
+"""So old an audit doesn't wait any more in the worker that began it: the keeper takes up what is left over."""
 _WORTH_REPEATING = frozenset({408, 409, 429})
 KEEPER_TENANT = Caller(tenant="keeper")
 
 
 class Audits:
-    """Runs audits in the background, a few at a time.
+    """Runs audits in the background, a few at a time, behind everything that clients wait for.
 
-    `delays` are the seconds between attempts (each attempt has the teacher's own deadline and retries).
+    `delays` are the seconds between attempts that failed. While the teacher can't be reached or is left alone
+    by its breaker, an audit waits.
     """
 
     def __init__(
@@ -60,7 +69,7 @@ class Audits:
         """Audit one exchange in the background. With too many waiting it is left to the keeper."""
         if exchange.id in self._running or len(self._running) >= _MOST_WAITING:
             return
-        task = asyncio.get_running_loop().create_task(self._audit(exchange, caller.authorization))
+        task = asyncio.get_running_loop().create_task(self._audit(exchange, caller))
         self._running[exchange.id] = task
         task.add_done_callback(lambda _: self._running.pop(exchange.id, None))
 
@@ -92,31 +101,54 @@ class Audits:
             await asyncio.wait(unfinished)
             log.info("%d audits stay pending for the next start", len(unfinished))
 
-    async def _audit(self, exchange: Exchange, authorization: str | None) -> None:
-        async with self._slots:
-            try:
-                answer = await self._ask(exchange, authorization)
-            except Exception:
-                log.exception("audit of exchange %s failed", exchange.id)
-                answer = None
+    async def _audit(self, exchange: Exchange, caller: Caller) -> None:
+        try:
+            answer = await self._ask(exchange, caller)
+        except _LeftPending:
+            return
+        except Exception:
+            log.exception("audit of exchange %s failed", exchange.id)
+            answer = None
         self._finish(exchange, answer)
 
-    async def _ask(self, exchange: Exchange, authorization: str | None) -> TeacherAnswer | None:
-        """Return the teacher's answer, or None when it can't be had."""
-        for delay in (*self._delays, None):
+    async def _ask(self, exchange: Exchange, caller: Caller) -> TeacherAnswer | None:
+        """Return the teacher's answer, or None when it can't be had.
+
+        A teacher that isn't there is waited for; one that was asked and failed is asked a few times.
+        Raises _LeftPending when waiting any longer is the keeper's.
+        """
+        until = time.monotonic() + WAITS_FOR_S
+        delays = iter(self._delays)
+        while True:
             try:
-                reply = await self._teacher.complete(
-                    exchange.request, authorization=authorization, request_id=exchange.request_id
-                )
+                async with self._slots:
+                    reply = await self._teacher.complete(
+                        exchange.request,
+                        authorization=caller.authorization,
+                        request_id=exchange.request_id,
+                        background=True,
+                    )
+                return reply.answer
             except UpstreamError as error:
-                self._metrics.record_upstream_error("teacher", error.kind)
-                if delay is None or not _may_pass(error):
+                if _was_not_asked(error):
+                    told = error.retry_after_s if isinstance(error, UpstreamUnavailable) else _LOOK_AGAIN_S
+                    delay: float | None = told * random.uniform(1.0, 1.5)
+                    if time.monotonic() > until:
+                        delay = None
+                    elif self._is_keepers(exchange, caller):
+                        raise _LeftPending from None
+                else:
+                    self._metrics.record_upstream_error("teacher", error.kind)
+                    delay = next(delays, None) if _may_pass(error) else None
+                if delay is None:
                     log.warning("audit of exchange %s: %s; it counts as missing", exchange.id, error)
                     return None
-                await asyncio.sleep(delay)
-            else:
-                return reply.answer
-        return None
+            await asyncio.sleep(delay)
+
+    def _is_keepers(self, exchange: Exchange, caller: Caller) -> bool:
+        """Whether an audit that waits is better left to the keeper, lest two processes ask."""
+        mine = caller is KEEPER_TENANT or self._client_keys
+        return not mine and time.time() - exchange.created > _HAND_OVER_S
 
     def _finish(self, exchange: Exchange, answer: TeacherAnswer | None) -> None:
         agreed = None
@@ -125,10 +157,27 @@ class Audits:
         self._ledger.later(
             exchange.task, events.audited(exchange.id, teacher=answer, agreement=agreed, at=time.time())
         )
-        self._metrics.record_audit(exchange.task, agreed, answer.cost_usd if answer else None, exchange.route)
+        self._metrics.record_audit(
+            exchange.task,
+            agreed,
+            answer.cost_usd if answer else None,
+            answer.usage if answer else None,
+            exchange.route,
+        )
         release = self._live.get(exchange.task)
         if release is not None and release.name == exchange.release:
             release.accepted_audits += 1
+
+
+class _LeftPending(Exception):
+    """The audit stays pending in the log; the keeper takes it up."""
+
+
+def _was_not_asked(error: UpstreamError) -> bool:
+    """Whether the teacher can't have worked on it, so that nothing was paid for."""
+    if isinstance(error, UpstreamRefused):
+        return error.status == 429
+    return isinstance(error, UpstreamUnavailable | UpstreamBusy | NothingSent)
 
 
 def _may_pass(error: UpstreamError) -> bool:

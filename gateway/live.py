@@ -18,6 +18,7 @@ from gateway.tasks import Tasks
 from routers.router import Router
 from serving.agreement import Comparison
 from serving.audit_index import AuditIndex
+from serving.guarded_student import GuardedStudent
 from serving.releases import ReleaseStore
 from serving.student import Student, load_student
 
@@ -138,7 +139,7 @@ class LiveReleases:
             name=release.name,
             generation=live.generation,
             checksum=release.card["checksum"],
-            student=load_student(release),
+            student=GuardedStudent(load_student(release)),
             router=router,
             comparison=self._tasks.comparison(task),
             threshold=router.threshold,

@@ -179,10 +179,8 @@ class Metrics:
                 self._tokens.labels(task, route, "output"),
             )
             self._token_series[task, route] = series
-        for counter, name in zip(series, ("prompt_tokens", "completion_tokens"), strict=True):
-            count = usage.get(name)
-            if isinstance(count, int) and count > 0:
-                counter.inc(count)
+        for kind, count in _counts(usage):
+            series[kind == "output"].inc(count)
 
     def record_confidence(self, task: str, confidence: float) -> None:
         """Note how sure the student was, whoever answered in the end."""
@@ -192,13 +190,23 @@ class Metrics:
         histogram.observe(confidence)
 
     def record_audit(
-        self, task: str, agreed: bool | None, usd: float | None, route: Route = "student"
+        self,
+        task: str,
+        agreed: bool | None,
+        usd: float | None,
+        usage: Json | None = None,
+        route: Route = "student",
     ) -> None:
-        """Count an audit that is over; `agreed` None: the teacher could not be had; `route`: what was audited."""
+        """Count an audit that is over; `agreed` None: the teacher could not be had; `route`: what was audited.
+
+        Its tokens have kinds of their own: they are no part of the answer the client got.
+        """
         outcome = "missing" if agreed is None else "agreed" if agreed else "disagreed"
         self._audits.labels(task, outcome).inc()
         if usd is not None:
             self._cost.labels(task, route).inc(usd)
+        for kind, count in _counts(usage):
+            self._tokens.labels(task, route, f"audit_{kind}").inc(count)
 
     def record_logged(self, task: str) -> None:
         """Count an exchange that is on disk."""
@@ -294,3 +302,13 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, labels: Sequence[str]) -> Gauge:
         return Gauge(name, text, labels, registry=self._registry, multiprocess_mode="mostrecent")
+
+
+def _counts(usage: Json | None) -> list[tuple[str, int]]:
+    """Return the tokens of OpenAI's `usage` by kind, as far as they are numbers."""
+    found = []
+    for kind, name in (("input", "prompt_tokens"), ("output", "completion_tokens")):
+        count = usage.get(name) if usage is not None else None
+        if isinstance(count, int) and count > 0:
+            found.append((kind, count))
+    return found

@@ -7,6 +7,7 @@ UnderstudyError
 ├── UnknownTask, UnknownRelease
 ├── LearningElsewhere      another process is learning this task (distillation/journal.py)
 ├── StackError             a process that a replay started has died (loadtest/stack.py)
+├── StudentUnavailable     a student took too long or is left alone (serving/guarded_student.py)
 ├── RequestError           the client's fault: becomes OpenAI's envelope with its own status
 │   └── ScriptedError      an error that the stand-in was asked for (serving/stand_in.py)
 └── UpstreamError          the teacher answered with an error, or not at all
