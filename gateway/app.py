@@ -336,7 +336,9 @@ class Gateway:
                     max_bytes=settings.server.max_held_bytes,
                 ),
                 chat=ChatEndpoint(pipeline, gate, metrics, max_body_bytes=settings.server.max_body_bytes),
-                passthrough=Passthrough(teacher, gate, metrics),
+                passthrough=Passthrough(
+                    teacher, gate, metrics, max_upload_bytes=settings.server.max_upload_bytes
+                ),
                 access_log=AccessLog(sample=settings.observe.access_log_sample),
                 tracing=tracing,
             )

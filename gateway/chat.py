@@ -36,8 +36,7 @@ class ChatEndpoint:
             self._metrics.record_request(
                 NOWHERE, NOWHERE, names.REASON_REFUSED, refusal.status, time.perf_counter() - began
             )
-            # The rest of the body isn't read, so that the connection can't be used again.
-            await client.refuse(refusal, [("connection", "close")])
+            await client.refuse(refusal)
             return
         arrival = Arrival(
             raw=raw,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import secrets
 import time
@@ -19,6 +20,7 @@ from serving.chat import sse
 from serving.errors import RequestError
 
 _DROPPED_AT_MOST = 1024 * 1024
+_LINGER_S = 10.0
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -83,19 +85,19 @@ class Client:
     async def read(self, limit: int) -> bytes:
         """Return the body. Raises RequestError (413) beyond `limit` bytes, ClientGone if it ends early."""
         if (self.declared_bytes() or 0) > limit:
-            raise _too_large(limit)
+            raise too_large(limit, "server.max_body_bytes")
         size = 0
         read: list[bytes] = []
         async for piece in self.pieces():
             size += len(piece)
             if size > limit:
-                raise _too_large(limit)
+                raise too_large(limit, "server.max_body_bytes")
             read.append(piece)
         return read[0] if len(read) == 1 else b"".join(read)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """Give the body as it comes in. Raises ClientGone when it ends early."""
-        more = True
+        more = not self._body_read.is_set()
         while more:
             message = await self._receive()
             if message["type"] == "http.disconnect":
@@ -144,8 +146,24 @@ class Client:
         await self.end()
 
     async def refuse(self, refusal: Refusal, headers: Iterable[tuple[str, str]] = ()) -> None:
-        """Send an error."""
-        await self.whole(refusal.status, [JSON_TYPE, *refusal.headers, *headers], refusal.body)
+        """Send an error. What is still to come of the request's body is thrown away.
+
+        A connection closed with bytes unread is reset, and many a client that is still sending would then see
+        a broken connection, and try again, instead of the answer. So we read on for a while (as nginx's
+        lingering_close does) before the connection is closed.
+        """
+        if not self.has_body() or self._body_read.is_set():
+            await self._refuse(refusal, headers)
+            return
+        length = ("content-length", str(len(refusal.body)))
+        told = [*refusal.headers, *headers, ("connection", "close"), length]
+        await self.start(refusal.status, [JSON_TYPE, *told])
+        await self.piece(refusal.body)
+        with contextlib.suppress(ClientGone, TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                async for _ in self.pieces():
+                    pass
+        await self.end()
 
     async def break_off(self, refusal: Refusal) -> None:
         """End an answer that won't be finished: an error, or in a stream of events an error frame.
@@ -153,7 +171,7 @@ class Client:
         Any other answer that has begun just isn't ended, so that the server closes the connection.
         """
         if not self.started:
-            await self.refuse(refusal, [("connection", "close")])
+            await self._refuse(refusal, [("connection", "close")])
         elif not self._over and any(
             name == b"content-type" and value.startswith(b"text/event-stream") for name, value in self._head
         ):
@@ -167,7 +185,10 @@ class Client:
         """
         declared = self.declared_bytes() if self.has_body() else 0
         close = declared is None or declared > _DROPPED_AT_MOST
-        await self.refuse(refusal, [("connection", "close")] if close else [])
+        await self._refuse(refusal, [("connection", "close")] if close else [])
+
+    async def _refuse(self, refusal: Refusal, headers: Iterable[tuple[str, str]]) -> None:
+        await self.whole(refusal.status, [JSON_TYPE, *refusal.headers, *headers], refusal.body)
 
     async def whole(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
         """Send a whole answer."""
@@ -208,9 +229,10 @@ def _target(scope: Scope) -> str:
     return f"{target}?{query.decode('latin-1')}" if query else target
 
 
-def _too_large(limit: int) -> RequestError:
+def too_large(limit: int, setting: str) -> RequestError:
+    """Refuse a body of more than `limit` bytes, which `setting` allows."""
     return RequestError(
-        f"the request body is larger than the {limit} bytes this gateway takes (server.max_body_bytes)",
+        f"the request body is larger than the {limit} bytes this gateway takes ({setting})",
         status=413,
         code="request_too_large",
     )

@@ -7,10 +7,12 @@ https://platform.openai.com/docs/guides/error-codes
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import orjson
 
+from gateway import names
 from serving.errors import (
     RequestError,
     UpstreamBroken,
@@ -21,9 +23,11 @@ from serving.errors import (
 )
 from serving.exchange import Json
 from serving.slots import UpstreamBusy
+from serving.wire import forwardable_response
 
-FORWARDED_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry")
-"""What a refusal of the teacher tells the client beside its body: when and whether to try again."""
+_NEVER_RETRIED = 404
+_QUOTED = 500
+_OURS = frozenset({"cache-control", "location"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +99,58 @@ def stopping() -> Refusal:
 
 
 def enveloped(status: int, body: bytes) -> bytes:
-    """Return an upstream's error body if it is in an envelope already, else wrapped into one."""
+    """Return an upstream's error body if it is in the envelope already, else put into it.
+
+    What is recognised: an error that is a string (Ollama), fields beside each other (vLLM), a list of one
+    envelope (Gemini), `message` or `detail` (other gateways). Anything else is quoted.
+    """
     try:
         parsed = orjson.loads(body)
     except orjson.JSONDecodeError:
         parsed = None
-    if isinstance(parsed, dict) and isinstance(parsed.get("error"), dict):
+    if isinstance(parsed, dict) and _is_detail(parsed.get("error")):
         return body
-    said = body.decode("utf-8", "replace").strip()[:500]
-    message = f"the teacher answered with status {status}" + (f": {said}" if said else "")
-    return refuse(status, message, kind="upstream_error").body
+    if isinstance(parsed, list) and len(parsed) == 1 and isinstance(parsed[0], dict):
+        parsed = parsed[0]
+    said = body.decode("utf-8", "replace").strip()
+    detail: Json = {}
+    if isinstance(parsed, dict):
+        error = parsed.get("error")
+        detail = error if isinstance(error, dict) else parsed
+        found = [error, *(detail.get(name) for name in ("message", "detail", "error"))]
+        said = next((text for text in found if isinstance(text, str) and text), said)
+    message = said[:_QUOTED] if detail and said else f"the teacher answered with status {status}"
+    if not detail and said:
+        message = f"{message}: {said[:_QUOTED]}"
+    kept = {name: detail.get(name) for name in ("type", "param", "code")}
+    return orjson.dumps({"error": {"message": message, **kept, "type": kept["type"] or "upstream_error"}})
+
+
+def passed_on(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Keep what a teacher's headers tell the client: rate limits, when to try again, who answered where.
+
+    What describes its body, and what we say ourselves (a teacher behind another gateway like this one says it
+    too), is left out.
+    """
+    return [
+        (name, value)
+        for name, value in forwardable_response(list(headers), whole=False)
+        if name not in _OURS and not name.startswith(names.OWN_HEADER_PREFIX)
+    ]
+
+
+def _is_detail(error: object) -> bool:
+    return isinstance(error, dict) and isinstance(error.get("message"), str)
 
 
 def _forwarded(error: UpstreamRefused) -> Refusal:
-    headers = [(name, error.headers[name]) for name in FORWARDED_HEADERS if name in error.headers]
-    return Refusal(error.status, enveloped(error.status, error.body), headers)
+    if error.status < 400:
+        # Followed, it would take the key elsewhere; as 502 it would be asked for again and again.
+        return refuse(
+            _NEVER_RETRIED,
+            f"the teacher answered with a redirect (status {error.status}), which isn't followed: the gateway's "
+            "teacher.base_url should name the place it leads to",
+            kind="upstream_error",
+            code="upstream_redirect",
+        )
+    return Refusal(error.status, enveloped(error.status, error.body), passed_on(error.headers.items()))

@@ -1,19 +1,21 @@
 """Everything under `/v1/` but chat completions: streamed to the teacher and back, unchanged.
 
-Bodies of any size pass in both directions without being held; the gateway adds its authentication and
-counts the requests. Only an error that isn't JSON is put into OpenAI's envelope, since clients read it.
+Bodies pass in both directions without being held, whatever their type and encoding; the gateway adds its
+authentication, counts the requests, and ends uploads beyond a limit. Only an error that isn't JSON is put into
+OpenAI's envelope, since clients read it.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
 
 from gateway import names
 from gateway.auth import Gate
-from gateway.client import Client, ClientGone
-from gateway.envelope import FORWARDED_HEADERS, Refusal, enveloped, refusal_of
+from gateway.client import Client, ClientGone, too_large
+from gateway.envelope import Refusal, enveloped, passed_on, refusal_of
 from gateway.metrics import NOWHERE, Metrics
-from serving.errors import UnderstudyError, UpstreamError
+from serving.errors import RequestError, UnderstudyError, UpstreamError
 from serving.slots import UpstreamBusy
 from serving.teacher import Teacher
 from serving.upstream import UpstreamResponse
@@ -25,14 +27,18 @@ _TOLD = [(names.ROUTE_HEADER, "teacher"), (names.REASON_HEADER, names.REASON_PAS
 
 
 class Passthrough:
-    """Passes requests on. Of a body, `max_held_bytes` are in memory at most."""
+    """Passes requests on. A body of more than `max_upload_bytes` is refused with 413.
+
+    Of a body, `max_held_bytes` are in memory at most.
+    """
 
     max_held_bytes = _HELD_BYTES
 
-    def __init__(self, teacher: Teacher, gate: Gate, metrics: Metrics) -> None:
+    def __init__(self, teacher: Teacher, gate: Gate, metrics: Metrics, *, max_upload_bytes: int) -> None:
         self._teacher = teacher
         self._gate = gate
         self._metrics = metrics
+        self._max_upload_bytes = max_upload_bytes
 
     async def __call__(self, client: Client) -> None:
         """Serve one request to its end."""
@@ -61,32 +67,73 @@ class Passthrough:
 
     async def _serve(self, client: Client) -> int:
         caller = self._gate.admit(client.header("authorization"))
-        declared = client.declared_bytes()
-        held = not client.has_body() or (declared is not None and declared <= _HELD_BYTES)
-        body = await client.read(_HELD_BYTES) if held else client.pieces()
+        upload = _Upload(client, self._max_upload_bytes)
+        body = await upload.body()
         # The id that the client gets back and the log names, also where the client sent none or one of no use.
         headers = [header for header in client.headers if header[0] != names.REQUEST_ID_HEADER]
         headers.append((names.REQUEST_ID_HEADER, client.request_id))
         async with client.watched():
-            response = await self._teacher.forward(
-                client.method, client.target, headers, body, authorization=caller.authorization
-            )
+            try:
+                response = await self._teacher.forward(
+                    client.method, client.target, headers, body, authorization=caller.authorization
+                )
+            except UpstreamError:
+                if upload.refused is not None:
+                    # The HTTP client tells of what its request's body raises as a broken connection.
+                    raise upload.refused from None
+                raise
             async with response:
                 await self._relay(client, response)
             return response.status
         return 499  # the client has gone: `watched` was left quietly
 
     async def _relay(self, client: Client, response: UpstreamResponse) -> None:
-        headers = [(name, value) for name, value in response.headers if name not in _OURS]
+        headers = [
+            (name, value)
+            for name, value in response.headers
+            if name not in _OURS and not name.startswith(names.OWN_HEADER_PREFIX)
+        ]
         kind = next((value for name, value in headers if name == "content-type"), "")
         if response.status >= 400 and "json" not in kind:
-            kept = [(name, value) for name, value in headers if name in FORWARDED_HEADERS]
             packed = any(name == "content-encoding" for name, _ in headers)
             # A page that is compressed can't be quoted, and isn't worth unpacking.
             body = enveloped(response.status, b"" if packed else await response.read())
-            await client.refuse(Refusal(response.status, body, kept), _TOLD)
+            await client.refuse(Refusal(response.status, body, passed_on(headers)), _TOLD)
             return
         await client.start(response.status, [*headers, *_TOLD])
         async for piece in response.chunks():
             await client.piece(piece)
         await client.end()
+
+
+class _Upload:
+    """A request's body on its way through; `refused` is the error once it has turned out too large."""
+
+    def __init__(self, client: Client, limit: int) -> None:
+        self.refused: RequestError | None = None
+        self._client = client
+        self._limit = limit
+
+    async def body(self) -> bytes | AsyncIterator[bytes]:
+        """Return the body: whole if it is small, so that it can be sent again, else as it comes in.
+
+        Raises RequestError (413), for one of unknown length while it is iterated.
+        """
+        declared = self._client.declared_bytes()
+        if (declared or 0) > self._limit:
+            raise self._too_large()
+        if not self._client.has_body() or (declared is not None and declared <= _HELD_BYTES):
+            return await self._client.read(_HELD_BYTES)
+        return self._pieces()
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for piece in self._client.pieces():
+            size += len(piece)
+            if size > self._limit:
+                self.refused = self._too_large()
+                raise self.refused
+            yield piece
+
+    def _too_large(self) -> RequestError:
+        return too_large(self._limit, "server.max_upload_bytes")

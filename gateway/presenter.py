@@ -6,10 +6,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import orjson
 
-from gateway import names
 from gateway.answers import Stream
 from gateway.audits import Audits
-from gateway.envelope import enveloped, refusal_of
+from gateway.envelope import enveloped, passed_on, refusal_of
 from gateway.ledger import Ledger
 from gateway.metrics import Metrics
 from gateway.reply import JSON_TYPE, SSE_HEADERS, Headers, Reply
@@ -39,7 +38,7 @@ class Presenter:
         async def on_end(delivered: bool) -> None:
             self._after(turn, delivered)
 
-        return Reply(200, [JSON_TYPE, *_passed_on(headers), *turn.headers()], body, on_end=on_end)
+        return Reply(200, [JSON_TYPE, *passed_on(headers), *turn.headers()], body, on_end=on_end)
 
     def streamed(
         self, turn: Turn, headers: Headers, frames: AsyncGenerator[bytes, None], leave: Leave | None = None
@@ -56,7 +55,7 @@ class Presenter:
             self._ledger.close_books(turn, 200 if delivered else 499)
             self._after(turn, delivered)
 
-        return Reply(200, [*SSE_HEADERS, *_passed_on(headers), *turn.headers()], frames=frames, on_end=on_end)
+        return Reply(200, [*SSE_HEADERS, *passed_on(headers), *turn.headers()], frames=frames, on_end=on_end)
 
     async def frames(self, turn: Turn, stream: Stream) -> AsyncGenerator[bytes, None]:
         """Pass on a teacher's stream, and log it before its end is sent."""
@@ -103,12 +102,3 @@ def cut(turn: Turn, completion: Json) -> bytes:
 def written(completion: Json) -> bytes:
     """Write an answer as a body."""
     return orjson.dumps(completion)
-
-
-def _passed_on(headers: Headers) -> Headers:
-    """Leave out what we say ourselves; a teacher behind another gateway like this one says it too."""
-    return [
-        (name, value)
-        for name, value in headers
-        if name != names.CACHE_CONTROL_HEADER and not name.startswith(names.OWN_HEADER_PREFIX)
-    ]

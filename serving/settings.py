@@ -58,6 +58,9 @@ class ServerSettings(Section):
     max_body_bytes: int = Field(
         20 * 1024 * 1024, ge=1024, description="a larger request body is refused with 413"
     )
+    max_upload_bytes: int = Field(
+        1024**3, ge=1024, description="the same for any other request, whose body isn't held"
+    )
     receive_timeout_s: float = Field(
         30.0,
         gt=0,
