@@ -84,6 +84,10 @@ class Load:
         self.answered += 1
 
 
+def rest_of(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_gateway_that_stops_under_load_fails_no_request(
     serving: Start, stand_in: Start, workers: int
@@ -128,20 +132,31 @@ def test_an_idle_connection_holds_nobody_up_for_long(serving: Start, stand_in: S
 
 
 def test_at_the_end_of_the_grace_time_clients_are_told(serving: Start, stand_in: Start) -> None:
-    teacher = stand_in({"hello": "a b c d e f g h i j"}, latency_ms=60_000, latency_spread=0)
-    running = serving(config(teacher.url, more="grace_s = 0.5"))
+    running = serving(config(stand_in({"hello": "one two three four"}).url, more="grace_s = 0.5"))
     address = ("127.0.0.1", int(running.url.rpartition(":")[2]))
-    body = json.dumps(BODY).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body)
-    with socket.create_connection(address, timeout=20) as waiting:
-        waiting.sendall(head + body)
-        time.sleep(0.3)
+    said = {}
+    with socket.create_connection(address, timeout=20) as whole, socket.create_connection(address) as stream:
+        stream.settimeout(20)
+        for connection, more in (
+            (whole, {"metadata": {"stand_in": "stall=60"}}),
+            (stream, {"metadata": {"stand_in": "hang-after=3"}, "stream": True}),
+        ):
+            body = json.dumps({**BODY, **more}).encode()
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body)
+            connection.sendall(head + body)
+        said[stream] = b""
+        while b"one" not in said[stream]:
+            said[stream] += stream.recv(65536)
         running.child.send_signal(signal.SIGTERM)
-        said = b"".join(iter(lambda: waiting.recv(65536), b""))
-    assert said.startswith(b"HTTP/1.1 503 ")
-    assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "stopping"
+        for connection in (whole, stream):
+            said[connection] = said.get(connection, b"") + rest_of(connection)
+    assert said[whole].startswith(b"HTTP/1.1 503 ")
+    assert json.loads(said[whole].partition(b"\r\n\r\n")[2])["error"]["code"] == "stopping"
+    last = said[stream].rpartition(b"data: ")[2].partition(b"\n")[0]
+    assert json.loads(last)["error"]["code"] == "stopping"
+    assert b"[DONE]" not in said[stream]
+    assert not said[stream].endswith(b"0\r\n\r\n"), "and it isn't ended as if it were whole"
     assert running.child.wait(timeout=20) == 0
-    assert "Traceback" not in running.stderr
 
 
 @pytest.mark.parametrize("workers", [1, 2])
