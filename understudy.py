@@ -335,6 +335,7 @@ def forget(
     from serving.errors import ConfigError
     from serving.forgetting import Whose
     from serving.forgetting import forget as erase
+    from serving.redaction import Redactor
     from serving.settings import load_settings
     from serving.tenant import is_tenant, tenant_of
 
@@ -353,6 +354,11 @@ def forget(
         tenant = tenant_of(key)
     if tenant is None and not user:
         raise ConfigError("whose exchanges? Give --tenant, --key-env or --user")
+    if user and Redactor(settings.log.redact).text(user) != user:
+        raise ConfigError(
+            "this --user is of a kind that log.redact keeps out of the log, so it can't be found there; "
+            "erase by tenant, or by an id that isn't redacted"
+        )
     with progress_bar(json, "forgetting") as progress:
         erasure = erase(settings.state_dir, Whose(tenant, user), dry_run=dry_run, progress=progress)
     if json:

@@ -104,7 +104,7 @@ def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison, sees: S
             Row(
                 id=exchange.id,
                 text=seen_text(exchange.request, sees),
-                answer=comparison.key(teacher.choices) if teacher is not None else None,
+                answer=_answer(exchange, comparison),
                 choices=teacher.choices if teacher is not None else None,
                 prompt_tokens=_count(usage, "prompt_tokens"),
                 completion_tokens=_count(usage, "completion_tokens"),
@@ -114,6 +114,14 @@ def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison, sees: S
             )
         )
     return dataset
+
+
+def _answer(exchange: Exchange, comparison: Comparison) -> str | None:
+    """The normal form of the teacher's answer; of a redacted one a form that no student can give."""
+    if exchange.teacher is None:
+        return None
+    key = comparison.key(exchange.teacher.choices)
+    return f" redacted {key}" if "teacher" in exchange.redacted else key
 
 
 def _count(usage: Json, name: str) -> int | None:

@@ -148,7 +148,12 @@ def _look(
     if look.candidate is not None:
         # Also where it answers less than what is live: keeping the widest would keep the luckiest, since what it
         # answers is hardly labelled any more (docs/lab-notes.md).
-        card_on_disk = {"schema": CARD_SCHEMA, "created": time.time(), **card}
+        card_on_disk = {
+            "schema": CARD_SCHEMA,
+            "created": time.time(),
+            "redact": sorted(settings.log.redact),
+            **card,
+        }
         release, outcome = store.write(task, look.candidate.files(), card_on_disk), "released"
         store.set_live(task, release)
     journal.end(

@@ -137,7 +137,8 @@ class Answers:
             return names.REASON_UNVERIFIED_KEY
         began = time.perf_counter()
         try:
-            feature = release.student.unsupported(turn.chat.body)
+            seen = self.ledger.seen(turn.chat.body)
+            feature = release.student.unsupported(seen)
             if feature is not None:
                 # It counts: the teacher answers for certain, and a student that sees more may be learned from it.
                 if forced == STUDENT:
@@ -148,7 +149,7 @@ class Answers:
                         code="unsupported",
                     )
                 return f"{names.REASON_UNSUPPORTED}:{feature}"
-            answer = await release.student.answer(turn.chat.body)
+            answer = await release.student.answer(seen)
             decision = release.router.decide(answer.score, release.comparison.key(answer.choices))
         except RequestError:
             raise

@@ -45,6 +45,7 @@ from serving.errors import ConfigError
 from serving.layout import task_names
 from serving.log import EventLog
 from serving.pricing import PriceList
+from serving.redaction import Redactor
 from serving.settings import Settings
 from serving.slots import Slots
 from serving.teacher import Teacher
@@ -298,6 +299,7 @@ class Gateway:
                 student_usd_per_hour=settings.student.usd_per_hour,
                 teacher_model=settings.teacher.model,
                 max_wait_s=settings.log.max_wait_s,
+                redactor=Redactor(settings.log.redact) if settings.log.redact else None,
             )
             stack.push_async_callback(ledger.aclose)
             gate = Gate(settings.server.api_keys, key)
@@ -349,7 +351,7 @@ def _lasting(settings: Settings, tasks: Tasks, disk: Disk, stack: AsyncExitStack
     """Build what every configuration shares."""
     state_dir = settings.state_dir
     metrics = Metrics()
-    live = LiveReleases(state_dir, tasks, metrics)
+    live = LiveReleases(state_dir, tasks, metrics, redact=settings.log.redact)
     stack.push_async_callback(live.aclose)
     event_log = EventLog(state_dir, settings.log, disk=disk)
     stack.push_async_callback(event_log.aclose)

@@ -16,6 +16,7 @@ from serving.estimate import unfinished_usage
 from serving.exchange import Json, StudentAnswer
 from serving.log import EventLog
 from serving.pricing import PriceList
+from serving.redaction import Redactor
 
 log = logging.getLogger("understudy.log")
 
@@ -37,6 +38,7 @@ class Ledger:
         student_usd_per_hour: float,
         teacher_model: str | None,
         max_wait_s: float,
+        redactor: Redactor | None = None,
     ) -> None:
         self._log = event_log
         self._metrics = metrics
@@ -44,6 +46,7 @@ class Ledger:
         self._student_usd_per_s = student_usd_per_hour / 3600
         self._teacher_model = teacher_model
         self._max_wait_s = max_wait_s
+        self._redactor = redactor
         self._complained_at = -_COMPLAIN_EVERY_S
         self._background: set[asyncio.Task[bool]] = set()
 
@@ -130,8 +133,20 @@ class Ledger:
         """Append an event without waiting for it; `aclose` does."""
         self._spawn(self.append(task, event))
 
+    def seen(self, request: Json) -> Json:
+        """Return a request as the log will hold it, which is what a student was trained on."""
+        if self._redactor is None:
+            return request
+        redacted: Json = self._redactor.value(request)
+        return redacted
+
     async def append(self, task: str, event: Json) -> bool:
-        """Append an event; False (counted, and complained about once a minute) when the log can't take it."""
+        """Append an event; False (counted, and complained about once a minute) when the log can't take it.
+
+        Everything that reaches the disk comes through here, and is redacted here.
+        """
+        if self._redactor is not None:
+            event = self._redactor.event(event)
         try:
             await self._log.append(task, event)
         except (OSError, ValueError) as error:

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,10 @@ class LiveRelease:
 class LiveReleases:
     """What is live, by task."""
 
-    def __init__(self, state_dir: Path, tasks: Tasks, metrics: Metrics) -> None:
+    def __init__(
+        self, state_dir: Path, tasks: Tasks, metrics: Metrics, *, redact: Sequence[str] = ()
+    ) -> None:
+        self._redact = sorted(redact)
         self._tasks_dir = state_dir / "tasks"
         self._store = ReleaseStore(state_dir)
         self._audits = AuditIndex(state_dir)
@@ -133,6 +137,13 @@ class LiveReleases:
         if live is None or live.release is None:
             return None
         release = self._store.read(task, live.release)
+        if release.card.get("redact", []) != self._redact:
+            log.warning(
+                "task %s: release %s was trained and tested on requests redacted by another log.redact than this one; "
+                "what it promises was shown for those. The next release learns from the log as it is now",
+                task,
+                release.name,
+            )
         router = Router.load(release.files["router.json"])
         return LiveRelease(
             task=task,

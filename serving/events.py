@@ -142,6 +142,7 @@ class Fold:
         self._superseded: dict[str, str] = {}
         self._cancelled: dict[str, TeacherAnswer | None] = {}
         self._broken_off: dict[str, float] = {}
+        self._redacted: dict[str, set[str]] = {}
 
     def add(self, event: Json) -> Outcome:
         """Take one event.
@@ -170,6 +171,8 @@ class Fold:
                         self._broken_off[event["id"]] = event["cost_usd"]
                 case _:
                     return "unknown"
+            if event.get("redacted"):
+                self._redacted.setdefault(event["id"], set()).update(event["redacted"])
         except (KeyError, TypeError, ValueError):
             return "damaged"
         return "taken"
@@ -198,6 +201,8 @@ class Fold:
                 agreement=exchange.agreement if agreement is None else agreement,
                 audit="missing" if teacher is None else "answered",
             )
+        if id in self._redacted:
+            exchange = replace(exchange, redacted=sorted(self._redacted[id]))
         if id in self._superseded:
             exchange = replace(exchange, superseded_by=self._superseded[id])
         if id in self._cancelled:
@@ -232,6 +237,7 @@ _EXCHANGE_TYPES: _Types = {
     "agreement": (bool, _NONE),
     "superseded_by": (str, _NONE),
     "cancelled": (bool,),
+    "redacted": (list,),
     "cost_usd": (*_NUMBER, _NONE),
     "origin": (str, _NONE),
     "schema": (int,),
@@ -242,6 +248,7 @@ _LATE_TYPES: _Types = {
     "agreement": (bool, _NONE),
     "by": (str,),
     "at": _NUMBER,
+    "redacted": (list,),
     "cost_usd": (*_NUMBER, _NONE),
     "estimated": (bool,),
 }

@@ -61,6 +61,7 @@ class Exchange:
     answers: 1 if escalated, the audit rate if accepted (STATISTICS.md §2), None when the request isn't eligible.
     `origin` says of an answer from the cache who once gave it: `student` and `teacher` are then what was answered
     at that time, and cost nothing now.
+    `redacted` names the parts (`request`, `teacher`, …) that didn't reach the log as they were (serving.redaction).
     `coin` says whether the audit coin fell (flipped for every eligible request, whatever its route).
     `agreement` is None until both answers are known.
     """
@@ -88,6 +89,7 @@ class Exchange:
     cancelled: bool = False
     cost_usd: float | None = None
     origin: Origin | None = None
+    redacted: list[str] = field(default_factory=list)
     schema: int = SCHEMA
 
     @property

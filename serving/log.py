@@ -132,8 +132,7 @@ class EventLog:
                 for batch in list(self._gathering.values()):
                     await batch.done.wait()
                 await loop.run_in_executor(self._thread, self._segments.close)
-            if self._oldest_open_s is not None:
-                await loop.run_in_executor(self._thread, self._segments.seal_older_than, self._oldest_open_s)
+            await loop.run_in_executor(self._thread, self._segments.seal_older_than, self._oldest_open_s)
 
     async def _flush(self) -> None:
         loop = asyncio.get_running_loop()

@@ -15,12 +15,12 @@ from serving.segments import OPEN_SUFFIX, events_directory, segment_paths
 _DAY_S = 86_400.0
 
 
-def oldest_open_s(retention_days: float | None) -> float | None:
+def oldest_open_s(retention_days: float | None) -> float:
     """How long a segment may stay open, in seconds, so that little of it outlives the retention by much.
 
-    A day, or a tenth of a shorter retention; None: any time, since nothing is ever removed.
+    A day, or a tenth of a retention shorter than ten. Also without one (None): it may be configured any time.
     """
-    return None if retention_days is None else min(_DAY_S, retention_days * _DAY_S / 10)
+    return _DAY_S if retention_days is None else min(_DAY_S, retention_days * _DAY_S / 10)
 
 
 def remove_expired(state_dir: Path, retention_days: float, *, now: float, disk: Disk | None = None) -> int:

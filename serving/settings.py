@@ -29,6 +29,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from serving.errors import ConfigError
+from serving.redaction import parse_kinds
 from serving.redis_url import RedisUrl
 from serving.sight import Sees
 
@@ -193,6 +194,9 @@ class LogSettings(Section):
 
     durability: Literal["fsync", "relaxed"] = "fsync"
     segment_bytes: int = Field(64 * 1024 * 1024, ge=4096, description="a segment is sealed at this size")
+    redact: list[str] = Field(
+        default=[], description="kinds of text that never reach the disk: built-in ones, or name:pattern"
+    )
     retention_days: float | None = Field(
         None, gt=0, description="sealed segments whose newest event is older are removed; absent: never"
     )
@@ -200,6 +204,12 @@ class LogSettings(Section):
     max_waiting_bytes: int = Field(
         64 * 1024 * 1024, ge=4096, description="what waits for a slow disk beyond this is lost"
     )
+
+    @field_validator("redact")
+    @classmethod
+    def _can_be_redacted(cls, value: list[str]) -> list[str]:
+        parse_kinds(value)
+        return value
 
 
 class LearningSettings(Section):
