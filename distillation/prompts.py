@@ -46,6 +46,7 @@ class Prompts:
         self._rules = rules
         self.named: Counter[str] = Counter()
         self._known: dict[tuple[str, str, str], Prompt] = {}
+        self._masked: dict[str, str] = {}
         self._characters = 0
 
     def add(self, task: str, exchanges: Iterable[tuple[Exchange, float]]) -> None:
@@ -62,7 +63,7 @@ class Prompts:
             setting = _setting(
                 request.get("tools") or request.get("functions"), request.get("response_format")
             )
-            masked = mask(text)
+            masked = self._mask(text)
             prompt = self._known.get((model, setting, masked))
             if prompt is None:
                 if len(self._known) >= MOST_PROMPTS or self._characters >= MOST_CHARACTERS:
@@ -72,6 +73,15 @@ class Prompts:
                 self._known[model, setting, masked] = prompt
             prompt.tasks[task] += 1
             prompt.cost_usd += usd
+
+    def _mask(self, text: str) -> str:
+        """Mask a text; most prompts come again word for word, and masking takes longer than reading the log does."""
+        masked = self._masked.get(text)
+        if masked is None:
+            masked = mask(text)
+            if len(self._masked) < MOST_PROMPTS and self._characters < MOST_CHARACTERS:
+                self._masked[text] = masked
+        return masked
 
     def all(self) -> list[Prompt]:
         """Every prompt, in the order they were seen."""

@@ -135,7 +135,12 @@ def _without_stream(request: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def sender(serve: Start, gateway: Start, publish: Start, tmp_path: Any) -> Any:
+def caching() -> bool:
+    return False
+
+
+@pytest.fixture
+def sender(serve: Start, gateway: Start, publish: Start, tmp_path: Any, caching: bool) -> Any:
     """A gateway with rules and a live release, before a teacher that keeps what it sees."""
     teacher = Teacher()
     tasks = [
@@ -145,7 +150,11 @@ def sender(serve: Start, gateway: Start, publish: Start, tmp_path: Any) -> Any:
     ]
     publish(tmp_path / "state", "intents", {"parcel lost": "lost"})
     running = gateway(
-        serve(teacher), log={"durability": "relaxed"}, task=tasks, server={"max_body_bytes": 3_000_000}
+        serve(teacher),
+        log={"durability": "relaxed"},
+        task=tasks,
+        task_defaults={"cache": caching},
+        server={"max_body_bytes": 3_000_000},
     )
     sender = Sender(running.url, teacher)
     yield sender
@@ -245,7 +254,8 @@ def damaged(draw: st.DrawFn) -> bytes:
     return draw(st.sampled_from([raw[:at], raw[:at] + piece + raw[at:], piece + raw, raw + piece]))
 
 
-def test_any_body(sender: Sender) -> None:
+@pytest.mark.parametrize("caching", [False, True])
+def test_any_body(sender: Sender, caching: bool) -> None:
     @BOUNDED
     @given(st.one_of(requests(), requests(), damaged(), st.binary(max_size=60)))
     def holds(body: bytes) -> None:
