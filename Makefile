@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lint typecheck bench bench-routing lock wheel
+.PHONY: help install demo test check format lint typecheck bench bench-routing chaos lock wheel
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -56,6 +56,11 @@ bench-routing: $(STAMP) ## the promise on a recorded stream, in the simulator (D
 		echo "no recording at $(DATA)/banking77_gpt4/stream.csv: make bench-routing DATA=folder" \
 			"(where it comes from: docs/lab-notes.md)" >&2; exit 1; }
 	$(BIN)/python -m loadtest.routing_bench $(DATA)/banking77_gpt4/stream.csv
+
+chaos: $(STAMP) ## every fault in turn against a gateway under load, then 200 kills (needs redis-server; under ten minutes)
+	@command -v redis-server >/dev/null || { \
+		echo "make chaos needs redis-server: on Debian and Ubuntu install the package redis-server" >&2; exit 1; }
+	$(BIN)/python -m loadtest.chaos
 
 lock: $(STAMP) ## pin what pyproject.toml asks for, with hashes (UPGRADE=--upgrade: the newest of everything)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv

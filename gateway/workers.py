@@ -50,6 +50,7 @@ _START_S = 120.0
 _CLOSING_S = 15.0
 """What a worker may take after its grace time to finish audits, the log and a learner."""
 _STOP_AT_ONCE_S = 3.0
+_SETTLED_S = 10.0
 _LONGEST_PAUSE_S = 10.0
 _FAILED = 3
 
@@ -67,6 +68,7 @@ class _Post:
     process: SpawnProcess
     orders: Connection
     beat: ctypes.c_double
+    started: float
     failures: int
     last_beat: float = 0.0
     silent_s: float = 0.0
@@ -140,7 +142,7 @@ class Supervisor:
         )
         process.start()
         ours.close()  # else the pipe wouldn't end with us
-        self._posts[place] = _Post(place, process, theirs, beat, failures)
+        self._posts[place] = _Post(place, process, theirs, beat, time.monotonic(), failures)
 
     def _obey(self, received: int) -> None:
         if received == signal.SIGHUP:
@@ -189,9 +191,8 @@ class Supervisor:
                 self._code = _FAILED
                 self._stop(_STOP, self._settings.server.grace_s + _CLOSING_S)
                 return
-            # One that has served is replaced at once; only starting in vain is done at leisure.
-            failures = 0 if post.beat.value > 0 else post.failures + 1
-            pause = min(_LONGEST_PAUSE_S, 0.5 * 2**failures) if failures else 0.0
+            failures = 0 if time.monotonic() - post.started > _SETTLED_S else post.failures + 1
+            pause = 0.0 if failures < 2 else min(_LONGEST_PAUSE_S, 0.25 * 2**failures)
             log.error("worker %s has ended (%s) and is replaced", post.process.pid, _cause(code))
             self._vacant[place] = (time.monotonic() + pause, failures)
 

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.server import is_exposed, serve, warnings
+from gateway.server import is_exposed, serve
 from serving.errors import ConfigError
 from serving.settings import ServerSettings, Settings
 
@@ -251,27 +251,6 @@ def test_a_door_is_open_only_without_keys_and_from_elsewhere(monkeypatch: pytest
     assert not exposed("k", host="127.0.0.1")
     assert not exposed("k", host="::1")
     assert not exposed("k", host="localhost")
-
-
-def test_keys_for_clients_but_none_for_the_teacher_are_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings(server=ServerSettings(api_keys=["own"]))
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    (warning,) = warnings(settings)
-    assert "the environment variable OPENAI_API_KEY isn't: the teacher is asked without a key" in warning
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-teacher")
-    assert warnings(settings) == []
-
-
-def test_one_worker_counts_too_where_a_folder_for_metrics_is_named(
-    serving: Start, stand_in: Start, tmp_path: Path
-) -> None:
-    folder = tmp_path / "not" / "there"
-    running = serving(config(stand_in({"hello": "x"}).url), env={"PROMETHEUS_MULTIPROC_DIR": str(folder)})
-    assert httpx.post(f"{running.url}/v1/chat/completions", json=BODY).status_code == 200
-    assert running.metric("understudy_requests_total", code="200") == 1
-    running.child.send_signal(signal.SIGTERM)
-    assert running.child.wait(timeout=20) == 0
-    assert list(folder.iterdir()) == [], "its files are gone with it"
 
 
 def test_the_gateway_is_light_to_import() -> None:
