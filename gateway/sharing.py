@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import time
 from collections.abc import AsyncGenerator
 from typing import TypeGuard
@@ -28,9 +29,11 @@ from gateway.presenter import Presenter, cut, written
 from gateway.reply import Headers, Reply
 from gateway.turn import Turn
 from serving.chat import SSE_DONE, sse
-from serving.errors import UpstreamRefused
+from serving.errors import UnderstudyError, UpstreamBroken, UpstreamRefused
 from serving.settings import CacheSettings
 from serving.teacher import Chunk
+
+log = logging.getLogger("understudy.pipeline")
 
 _FOLLOWED_AT_MOST = 2
 """How many flights a request follows that come to nothing before it goes alone: with one more try most of a
@@ -213,16 +216,19 @@ class Sharing:
         """Make the answer of a flight, log it, and keep it."""
         turn = flight.turn
         turn.shared = True
-        lease, source, error = None, None, None
+        lease, source = None, None
+        error: Exception | None = UpstreamBroken("the answer was given up while it was made")
         try:
             if control.read:
                 lease = await self._cache.lease(key, max_age_s=control.max_age_s)
                 if lease is None:
-                    theirs = await self._cache.awaited(key, max_age_s=control.max_age_s)
-                    if _fits(theirs, turn):
+                    theirs = await self._told_elsewhere(turn, key, control)
+                    if theirs is not None:
                         flight.elsewhere = True
                         flight.arrive(theirs)
+                        error = None
                         return
+                    # Whoever was at it is gone or too slow. Somebody else may have taken over: no second wait.
                     lease = await self._cache.lease(key, max_age_s=control.max_age_s)
             source = await self._answers.make(turn)
             flight.headers = source.headers
@@ -239,7 +245,12 @@ class Sharing:
             if worth_keeping(turn, completion):
                 self._cache.put(key, answer, lease=lease)
                 lease = None
+            error = None
+        except UnderstudyError as failure:
+            error = failure
         except Exception as failure:
+            if turn.left:  # otherwise it is raised where its own request is served
+                log.exception("request %s failed after its client had left", turn.arrival.request_id)
             error = failure
         finally:
             turn.shared = False
@@ -251,6 +262,15 @@ class Sharing:
                 self._cache.release(lease)
             if isinstance(source, Stream):
                 await source.aclose()
+
+    async def _told_elsewhere(self, turn: Turn, key: str, control: CacheControl) -> CachedAnswer | None:
+        """Wait for the answer that another replica is at; None if none comes."""
+        began = time.perf_counter()
+        try:
+            answer = await self._cache.awaited(key, max_age_s=control.max_age_s)
+        finally:
+            turn.waited_s += time.perf_counter() - began
+        return answer if _fits(answer, turn) else None
 
 
 def _may_begin(turn: Turn, flight: Flight) -> bool:

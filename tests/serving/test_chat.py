@@ -234,6 +234,8 @@ def test_chunks_put_together_are_the_answer(answer: Json, include_usage: bool) -
     assert (whole.id, whole.created, whole.model) == ("chatcmpl-1", 7, "m")
     assert whole.system_fingerprint == "fp_1"
     assert whole.finished
+    told = {key: value for key, value in answer.items() if key != "usage" or include_usage}
+    assert whole.completion(id="unused", created=0) == told
     assert {(p["id"], p["created"], p["model"], p["object"]) for p in parts} == {
         ("chatcmpl-1", 7, "m", "chat.completion.chunk")
     }
