@@ -310,6 +310,7 @@ class Gateway:
                 tasks=tasks,
                 metrics=metrics,
                 client_keys=gate.client_keys,
+                keeper_can_audit=_keeper_can_audit(settings),
             )
             stack.push_async_callback(audits.aclose)
             pipeline = Pipeline(
@@ -365,9 +366,14 @@ def _tasks(settings: Settings, known: Iterable[str] = ()) -> Tasks:
 
 
 def _audit_deadline_s(settings: Settings) -> float:
-    # A client's key is known to one process only: nobody else can finish its audits.
+    patience_s = 0.0 if _keeper_can_audit(settings) else WAITS_FOR_S
+    return max(settings.teacher.timeout_s + _AUDIT_GRACE_S, patience_s)
+
+
+def _keeper_can_audit(settings: Settings) -> bool:
+    """Say whether another process can finish an audit: not without the client's key, or what was asked."""
     own_key = bool(settings.server.api_keys) or settings.teacher_key() is not None
-    return max(settings.teacher.timeout_s + _AUDIT_GRACE_S, 0.0 if own_key else WAITS_FOR_S)
+    return own_key and not settings.log.redact
 
 
 async def _finish_audits(parts: Parts) -> None:

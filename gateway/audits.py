@@ -41,7 +41,7 @@ class Audits:
     """Runs audits in the background, a few at a time, behind everything that clients wait for.
 
     `delays` are the seconds between attempts that failed. While the teacher can't be reached or is left alone
-    by its breaker, an audit waits.
+    by its breaker, an audit waits. `keeper_can_audit`: whether one that waits long may be left to the keeper.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Audits:
         tasks: Tasks,
         metrics: Metrics,
         client_keys: bool,
+        keeper_can_audit: bool = True,
         delays: Sequence[float] = (2.0, 10.0),
     ) -> None:
         self._teacher = teacher
@@ -61,6 +62,7 @@ class Audits:
         self._tasks = tasks
         self._metrics = metrics
         self._client_keys = client_keys
+        self._keeper_can_audit = keeper_can_audit
         self._delays = delays
         self._slots = asyncio.Semaphore(_CONCURRENCY)
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -148,7 +150,7 @@ class Audits:
 
     def _is_keepers(self, exchange: Exchange, caller: Caller) -> bool:
         """Whether an audit that waits is better left to the keeper, lest two processes ask."""
-        mine = caller is KEEPER_TENANT or self._client_keys
+        mine = caller is KEEPER_TENANT or not self._keeper_can_audit
         return not mine and time.time() - exchange.created > _HAND_OVER_S
 
     def _finish(self, exchange: Exchange, answer: TeacherAnswer | None) -> None:
