@@ -97,7 +97,6 @@ async def connect(url: RedisUrl, tls: ssl.SSLContext | None) -> RedisClient:
         "socket_timeout": _PATIENCE_S,
         "socket_connect_timeout": _PATIENCE_S,
         "protocol": 2,
-        "driver_info": None,
     }
     connection_class: type[AbstractConnection] = Connection
     if tls is not None:
@@ -153,7 +152,7 @@ def _cluster(url: RedisUrl, options: dict[str, Any], connection_class: type[Any]
     )
     # Its constructor takes no class of connection; these are the two places it will look for one.
     cluster.connection_kwargs["connection_class"] = connection_class
-    for node in cluster.startup_nodes:
+    for node in cluster.nodes_manager.startup_nodes.values():
         node.connection_class = connection_class
     return cluster
 

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -190,24 +190,23 @@ def test_files_that_are_no_certificates_are_refused_at_the_start(tmp_path: Path)
 
 
 @pytest.fixture
-def cluster(redis: Any, tmp_path: Path) -> list[Any]:
+def cluster(redis: Any) -> list[Any]:
     """Three nodes that answer for all slots, without replicas."""
-    return start_cluster(redis, lambda: [])
+    return start_cluster(redis, [[], [], []])
 
 
-def start_cluster(redis: Any, options: Callable[[], list[str]]) -> list[Any]:
+def start_cluster(redis: Any, options: list[list[str]], ports: Sequence[int] = ()) -> list[Any]:
     nodes = []
-    for number in range(3):
+    for own in options:
         bus = free_port()
-        own = ["--cluster-enabled", "yes", "--cluster-config-file", f"nodes-{number}-{bus}.conf"]
-        nodes.append(
-            (redis(*own, "--cluster-port", str(bus), "--cluster-node-timeout", "2000", *options()), bus)
-        )
+        clustered = ["--cluster-enabled", "yes", "--cluster-config-file", f"nodes-{bus}.conf"]
+        timing = ["--cluster-port", str(bus), "--cluster-node-timeout", "2000"]
+        nodes.append((redis(*own, *clustered, *timing), bus))
     first, _ = nodes[0]
     for number, (node, bus) in enumerate(nodes):
         node.command("CLUSTER", "ADDSLOTSRANGE", 16384 * number // 3, 16384 * (number + 1) // 3 - 1)
         if number:
-            first.command("CLUSTER", "MEET", "127.0.0.1", node.port, bus)
+            first.command("CLUSTER", "MEET", "127.0.0.1", ports[number] if ports else node.port, bus)
     deadline = time.monotonic() + 30
     while not all(agrees(node) for node, _ in nodes):
         assert time.monotonic() < deadline, "the nodes didn't become a cluster within 30 s"
@@ -255,6 +254,21 @@ def test_a_node_that_dies_costs_its_part_of_the_cache_at_most(cluster: list[Any]
             assert answers < 200
             cluster[2].start()
             await stored(cache, "0")
+
+    run(main())
+
+
+@pytest.mark.usefixtures("needs_tls")
+def test_over_a_cluster_with_tls(redis: Any, certificate: tuple[Path, Path]) -> None:
+    async def main() -> None:
+        ports = [free_port() for _ in range(3)]
+        options = [[*with_tls(port, certificate), "--tls-cluster", "yes"] for port in ports]
+        nodes = start_cluster(redis, options, ports)
+        pem, key = certificate
+        files = f"ca_file={pem}&cert_file={pem}&key_file={key}"
+        async with opened(f"rediss+cluster://127.0.0.1:{ports[0]}?{files}") as cache:
+            await everything_works(cache)
+        assert all(node.command("DBSIZE") > 0 for node in nodes)
 
     run(main())
 
