@@ -42,6 +42,7 @@ Attributes = dict[str, AttributeValue]
 _SCOPE = "understudy"
 _CLOSE_WITHIN_S = 1.5
 _TRACE_HEADERS = ("traceparent", "tracestate")
+_OURSELVES = "understudy"
 _OTHER_ROUTE = "/v1/{path}"
 _W3C = TraceContextTextMapPropagator()
 _PROVIDERS = {
@@ -296,14 +297,12 @@ def _of_choices(choices: list[Json], usage: Json | None) -> Attributes:
 def _of_turn(turn: Turn, teacher: Attributes) -> Attributes:
     """Say what became of a chat request: the convention's attributes, then our own."""
     found = _of_request(turn.chat.body, stream=turn.chat.stream)
-    if turn.route == "student":
-        found["gen_ai.provider.name"] = "understudy"
-        if turn.student is not None:
-            found |= _of_choices(turn.student.choices, turn.student.usage)
-    else:
-        found["gen_ai.provider.name"] = teacher["gen_ai.provider.name"]
-        if turn.teacher is not None:
-            found |= _of_answer(turn.teacher, None)
+    given = turn.given
+    found["gen_ai.provider.name"] = _OURSELVES if turn.by_student else teacher["gen_ai.provider.name"]
+    if isinstance(given, TeacherAnswer):
+        found |= _of_answer(given, None)
+    elif given is not None:
+        found |= _of_choices(given.choices, given.usage)
     found |= {
         "understudy.route": turn.route,
         "understudy.reason": turn.reason,

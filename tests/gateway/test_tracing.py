@@ -188,6 +188,21 @@ def test_the_students_answer_and_its_audit_are_one_trace(
     assert audit.parent_span_id == request.span_id
 
 
+def test_an_answer_from_the_cache_says_whose_it_was_and_asks_nobody(
+    teacher: Start, gateway: Start, collector: Collector, eventually: Wait
+) -> None:
+    url, _ = teacher()
+    running = gateway(url)
+    for _ in range(2):
+        assert running.post(json={**BODY, "temperature": 0}).status_code == 200
+    eventually(lambda: len(collector.served) == 2)
+    first, again = (attributes(span) for span in collector.served)
+    assert len(collector.asked_teacher) == 1
+    assert (again["understudy.route"], again["understudy.reason"]) == ("cache", "hit:teacher")
+    same = {key for key in first if key.startswith("gen_ai.")}
+    assert {key: again[key] for key in same} == {key: first[key] for key in same}
+
+
 def test_a_failure_is_one_in_both_spans(
     teacher: Start, gateway: Start, collector: Collector, eventually: Wait
 ) -> None:
