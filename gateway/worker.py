@@ -105,10 +105,10 @@ class Worker(uvicorn.Server):
         """End, see above."""
         self._gateway.drain()
         self._door.draining = True
-        await self._stop_listening(sockets or [])
         connections, tasks = self._door.connections, self._door.tasks
         for connection in list(connections):
             connection.shutdown()
+        await self._stop_listening(sockets or [])
         if tasks:
             log.info("stopping: %d requests are under way; again, and they are cut off", len(tasks))
         await self._until_over(self._grace_s)
