@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lint typecheck bench bench-routing chaos lock wheel
+.PHONY: help install demo test test-clients check format lint typecheck bench bench-routing chaos lock lock-clients wheel
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -32,6 +32,15 @@ demo: $(STAMP) ## run the main job on example messages, then go on serving on po
 
 test: $(STAMP) ## run the tests, with branch coverage; says what it skips
 	$(BIN)/python -m pytest -q --cov --cov-branch --cov-report=term --cov-fail-under=$(COVERAGE)
+
+test-clients: $(STAMP) ## other people's clients through the gateway, in Python and Node; fetches them (not part of `make test`)
+	@node --version >/dev/null 2>&1 && npm --version >/dev/null 2>&1 || { \
+		echo "make test-clients needs node (20 or newer) and npm: install them, for example from nodejs.org" >&2; exit 1; }
+	@test -x .venv-clients/bin/python || $(BIN)/python -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+		-r tests/clients/python/requirements.lock
+	npm --prefix tests/clients/node ci --silent
+	PYTHONPATH=. $(BIN)/python tests/clients/run.py
 
 check: $(STAMP) ## see to format, lint, import contracts and types, and change nothing
 	$(BIN)/ruff format --check .
@@ -69,6 +78,13 @@ lock: $(STAMP) ## pin what pyproject.toml asks for, with hashes (UPGRADE=--upgra
 	$(BIN)/uv pip compile pyproject.toml --extra otel --constraint requirements.lock --quiet --no-annotate \
 		--output-file deploy/container/requirements.lock \
 		--universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock"
+
+lock-clients: $(STAMP) ## pin the newest of the clients that `make test-clients` tries
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile tests/clients/python/requirements.in --output-file tests/clients/python/requirements.lock --quiet \
+		--upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--custom-compile-command "make lock-clients"
+	npm --prefix tests/clients/node update --package-lock-only
 
 wheel: $(STAMP) ## build dist/understudy-*.whl
 	$(BIN)/python -m build --wheel --no-isolation
