@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -36,6 +37,12 @@ def test_every_fixed_key_exists() -> None:
         section, _, name = key.rpartition(".")
         holder = getattr(Settings(), section) if section else Settings()
         assert name in type(holder).model_fields
+
+
+def test_what_takes_a_restart_is_documented() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (said,) = re.findall(r"Rotate a key.*?\n(.*?)take a restart", readme, re.S)
+    assert re.findall(r"`([a-z_.]+)`", said) == list(FIXED)
 
 
 @pytest.mark.parametrize("users", [0, 1, 2])
