@@ -50,7 +50,8 @@ class Campaign:
     """How to go about it.
 
     A kill comes `pause_s` seconds (at random, between the two) after the last one has been got over, and not before
-    `answers_between` answers have come since: killing a gateway that does nothing shows nothing.
+    `answers_between` answers have come since: killing a gateway that does nothing shows nothing. `victims` are killed
+    in turn; without them it is random who is.
     """
 
     kills: int
@@ -59,6 +60,7 @@ class Campaign:
     clients: int = 12
     pause_s: tuple[float, float] = (0.2, 0.7)
     answers_between: int = 20
+    victims: tuple[Victim, ...] = ()
 
 
 @dataclass(slots=True)
@@ -263,6 +265,8 @@ async def _kill_under_load(
             await asyncio.sleep(random.uniform(*campaign.pause_s))
             await _answers(clients, len(clients.ledger) + campaign.answers_between, working)
             (victim,) = random.choices(list(_VICTIMS), list(_VICTIMS.values()))
+            if campaign.victims:
+                victim = campaign.victims[(number - 1) % len(campaign.victims)]
             killed_s = time.monotonic()
             # In a thread: the clients go on asking while nobody is there.
             killed = await asyncio.to_thread(gateway.kill, victim)

@@ -65,7 +65,15 @@ _IBAN_LENGTHS = {
 }
 _IBAN_LENGTH = {country: length for length, countries in _IBAN_LENGTHS.items() for country in countries}
 _IBAN_START = re.compile(r"(?<![A-Za-z0-9])([A-Za-z]{2})\d\d")
-_CARD_START = re.compile(r"(?<![\d.])[2-6]")
+# Cheap to look for, and in every one of its kind.
+_SOME_OF_A_PHONE = re.compile(r"\d(?:[ ./()-]{0,2}\d){5}")
+_SOME_OF_AN_IBAN = re.compile(r"\d\d(?: ?[A-Za-z0-9]){11}")
+_SOME_OF_AN_IP = re.compile(r"\d\.\d|:[0-9A-Fa-f]{0,4}:")
+_GROUPS = re.compile(r"(?<!\d)(?<!\d\.)\d{3,19}(?!\d)(?:[ -]\d{3,19}(?!\d))*")
+_GROUP = re.compile(r"\d+")
+_MOST_GROUPS = 6
+_DIGIT_VALUES = bytes.maketrans(b"0123456789", bytes(range(10)))
+_DOUBLED = bytes.maketrans(bytes(range(10)), bytes([0, 2, 4, 6, 8, 1, 3, 5, 7, 9]))
 # The beginnings and lengths of the card networks' numbers.
 _CARD = re.compile(
     r"4\d{12}(?:\d{3}){0,2}|(?:5[1-5]|2[2-7])\d{14}|3[47]\d{13}|3[0689]\d{12}|35\d{14,17}|(?:5[06-8]|6\d)\d{10,17}"
@@ -81,7 +89,6 @@ _PHONE = re.compile(
     r"|(?<![\w.-])0\d{1,4}[ /.-]\d(?:[ /.-]?\d){4,9}(?![\w-])"
     r"|(?<![\w.-])\d{3}[ .-]\d{3}[ .-]\d{4}(?![\w-])"
 )
-_DIGIT = re.compile(r"\d")
 
 
 def _emails(text: str) -> list[Span]:
@@ -89,73 +96,73 @@ def _emails(text: str) -> list[Span]:
 
 
 def _ips(text: str) -> list[Span]:
+    if _SOME_OF_AN_IP.search(text) is None:
+        return []
     return [found.span() for found in _IP.finditer(text) if _is_address(found[0])]
 
 
 def _phones(text: str) -> list[Span]:
-    return [found.span() for found in _PHONE.finditer(text)]
+    return [found.span() for found in _PHONE.finditer(text)] if _SOME_OF_A_PHONE.search(text) else []
 
 
 def _cards(text: str) -> list[Span]:
-    """Payment cards: 12 to 19 digits, one space or hyphen between them at the most, with a right check digit."""
+    """Payment cards: in groups of three digits or more, or in one, with a right check digit."""
     spans: list[Span] = []
-    for start in _CARD_START.finditer(text):
-        if spans and start.start() < spans[-1][1]:
-            continue
-        end = _last_end(text, start.start(), "0123456789", " -", 12, 19, _is_card)
+    for run in _GROUPS.finditer(text):
+        groups = [group.span() for group in _GROUP.finditer(text, *run.span())]
+        first = 0
+        while first < len(groups):
+            last = _last_of_card(text, groups, first)
+            if last is not None:
+                spans.append((groups[first][0], groups[last][1]))
+            first = first + 1 if last is None else last + 1
+    return spans
+
+
+def _last_of_card(text: str, groups: list[Span], first: int) -> int | None:
+    """The last group of the longest card's number that begins with the group `first`."""
+    found, digits = None, ""
+    for position in range(first, min(first + _MOST_GROUPS, len(groups))):
+        digits += text[groups[position][0] : groups[position][1]]
+        if _is_card(digits):
+            found = position
+    return found
+
+
+def _ibans(text: str) -> list[Span]:
+    """Account numbers: as long as their country's are, in groups or not, with right check digits."""
+    if _SOME_OF_AN_IBAN.search(text) is None:
+        return []
+    spans = []
+    for start in _IBAN_START.finditer(text):
+        end = _end_of_iban(text, start.start(), _IBAN_LENGTH.get(start[1].upper(), 0))
         if end is not None:
             spans.append((start.start(), end))
     return spans
 
 
-def _ibans(text: str) -> list[Span]:
-    """Account numbers: as long as their country's are, in groups or not, with right check digits."""
-    spans = []
-    for start in _IBAN_START.finditer(text):
-        length = _IBAN_LENGTH.get(start[1].upper())
-        if length is not None:
-            end = _last_end(text, start.start(), _ALPHANUMERIC, " ", length, length, _passes_mod_97)
-            if end is not None:
-                spans.append((start.start(), end))
-    return spans
+def _end_of_iban(text: str, start: int, length: int) -> int | None:
+    characters, position = "", start
+    while position < len(text) and len(characters) < length:
+        if text[position] in _ALPHANUMERIC:
+            characters += text[position]
+        elif text[position] != " " or text[position - 1] == " ":
+            return None
+        position += 1
+    whole = len(characters) == length > 0
+    ends = position == len(text) or text[position] not in _ALPHANUMERIC
+    return position if whole and ends and _passes_mod_97(characters) else None
 
 
 _ALPHANUMERIC = string.ascii_letters + string.digits
-
-
-def _last_end(
-    text: str,
-    start: int,
-    alphabet: str,
-    separators: str,
-    least: int,
-    most: int,
-    is_one: Callable[[str], bool],
-) -> int | None:
-    """Where the longest number that begins at `start` ends; None if none does.
-
-    It has `least` to `most` characters of `alphabet`, not more than one of `separators` between two of them, and
-    ends where something else begins.
-    """
-    found, characters, position = None, "", start
-    while position < len(text) and len(characters) < most:
-        if text[position] in alphabet:
-            characters += text[position]
-        elif not (text[position] in separators and text[position - 1] in alphabet):
-            break
-        position += 1
-        ends = text[position - 1] in alphabet and (position == len(text) or text[position] not in alphabet)
-        if ends and len(characters) >= least and is_one(characters):
-            found = position
-    return found
 
 
 def _is_card(digits: str) -> bool:
     """Whether a network has such numbers, and the check digit is right (ISO/IEC 7812-1)."""
     if _CARD.fullmatch(digits) is None:
         return False
-    doubled = [int(digit) * 2 - 9 * (digit > "4") for digit in digits[-2::-2]]
-    return (sum(map(int, digits[-1::-2])) + sum(doubled)) % 10 == 0
+    values = digits.encode().translate(_DIGIT_VALUES)
+    return (sum(values[-1::-2]) + sum(values[-2::-2].translate(_DOUBLED))) % 10 == 0
 
 
 def _passes_mod_97(characters: str) -> bool:

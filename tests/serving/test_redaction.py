@@ -38,7 +38,8 @@ HARMLESS = [
     "a@b and @everyone",
     "version 1.2.3",
     "GB29NWBK60161331926818",
-    "0.1234567890123456",
+    "0.4111111111111111",
+    "99994111111111111111",
     "std::vector<int>",
 ]
 
@@ -58,6 +59,7 @@ def test_numbers_beside_a_card_dont_hide_it() -> None:
     redact = Redactor(["card"]).text
     assert redact("4111 1111 1111 1111 12/29 123") == "[card] 12/29 123"
     assert redact("7 4111 1111 1111 1111") == "7 [card]"
+    assert redact("No.4111111111111111 of 123 456") == "No.[card] of 123 456"
     assert redact("4111 1111 1111 1111 5500 0000 0000 0004") == "[card] [card]"
 
 
