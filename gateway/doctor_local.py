@@ -154,22 +154,22 @@ def _of_learning(settings: Settings) -> list[Finding]:
 def check_machine(settings: Settings) -> list[Finding]:
     """Look at the limits of the machine."""
     found = []
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # `serve` takes all it may have
     needed = 2 * settings.teacher.max_concurrency + _FILES_BESIDE
-    if soft != resource.RLIM_INFINITY and soft < needed:
+    if limit != resource.RLIM_INFINITY and limit < needed:
         found.append(
             Finding(
                 "open files",
                 "warning",
-                f"a worker may have {soft} files open; {settings.teacher.max_concurrency} requests at once need "
+                f"a worker may have {limit} files open; {settings.teacher.max_concurrency} requests at once need "
                 f"about {needed}",
-                f"raise the limit (ulimit -n, LimitNOFILE), or lower teacher.max_concurrency to {(soft - 512) // 2}"
-                if soft > 2 * _FILES_BESIDE
-                else "raise the limit (ulimit -n, LimitNOFILE)",
+                f"raise the limit (ulimit -Hn, LimitNOFILE), or lower teacher.max_concurrency to {(limit - 512) // 2}"
+                if limit > 2 * _FILES_BESIDE
+                else "raise the limit (ulimit -Hn, LimitNOFILE)",
             )
         )
     else:
-        found.append(Finding("open files", "ok", f"{soft} per worker, about {needed} are needed"))
+        found.append(Finding("open files", "ok", f"{limit} per worker, about {needed} are needed"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = settings.server.workers
     if workers > cores:

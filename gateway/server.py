@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -26,6 +27,8 @@ from serving.settings import Settings
 log = logging.getLogger("understudy.server")
 
 _METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+_IN_MEMORY = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it
+"""Where Linux keeps files in memory. Writing to a memory-mapped file on a full disk ends the process."""
 
 
 def serve(
@@ -40,6 +43,7 @@ def serve(
     # A worker that can't start would be started again and again.
     settings.teacher_key()
     tracing_of(settings)
+    raise_file_limit()
     with ExitStack() as stack:
         listening = stack.enter_context(_bind(settings.server.host, settings.server.port))
         _check_state_dir(settings.state_dir)
@@ -118,13 +122,24 @@ def _share_metrics(workers: int, stack: ExitStack) -> None:
     try:
         if given:
             Path(given).mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix="understudy-metrics-", dir=given or None)
+        folder = tempfile.TemporaryDirectory(prefix="understudy-metrics-", dir=given or _memory())
     except OSError as error:
         raise ConfigError(
             f"the folder for metrics {given or tempfile.gettempdir()} can't be used: {error.strerror}; "
             f"set {_METRICS_VARIABLE} to another"
         ) from None
     os.environ[_METRICS_VARIABLE] = stack.enter_context(folder)
+
+
+def _memory() -> str | None:
+    return str(_IN_MEMORY) if os.access(_IN_MEMORY, os.W_OK | os.X_OK) else None
+
+
+def raise_file_limit() -> None:
+    """Let this process and its workers open as many files as the system allows them to: a connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _bind(host: str, port: int) -> socket.socket:

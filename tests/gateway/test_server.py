@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -266,3 +267,13 @@ def test_the_gateway_is_light_to_import() -> None:
         check=True,
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_gateway_takes_all_the_files_it_may_have(serving: Start) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
+    try:
+        child = serving("[teacher]\nbase_url = 'http://127.0.0.1:9/v1'")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert resource.prlimit(child.child.pid, resource.RLIMIT_NOFILE) == (hard, hard)
