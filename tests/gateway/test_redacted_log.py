@@ -92,7 +92,7 @@ def test_an_audit_left_over_of_what_was_redacted_is_missing(
         texts, task="t", route="student", reason="confident", release="r0001", teacher=None, audit="pending"
     )
     write_log([dataclasses.replace(left[0], redacted=["request"]), left[1]], task="t")
-    running = gateway(stand_in({"mail": "sent"}).url, task=[{"name": "t"}])
+    running = gateway(stand_in({"mail": "sent", "mail [email]": "sent"}).url, task=[{"name": "t"}])
     eventually(lambda: [e.audit for e in running.exchanges()] == ["missing", "answered"])
 
 

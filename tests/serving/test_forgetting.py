@@ -202,44 +202,46 @@ class TestWhileAGatewayRuns:
     def test_what_it_has_open_is_sealed_and_erased_and_its_audits_write_nothing_more(
         self, stand_in: Start, gateway: Start, publish: Start, eventually: Start
     ) -> None:
-        teacher = stand_in({"parcel lost": "lost", "hello": "x"}, latency_ms=300, latency_spread=0)
-        running = gateway(teacher.url, task=[{"name": "t", "match": {"model": "m"}, "audit_rate": 1.0}])
+        # An audit takes longer than it takes to forget.
+        teacher = stand_in({"parcel lost": "lost"}, latency_ms=4000, latency_spread=0)
+        running = gateway(
+            teacher.url,
+            task=[{"name": "t", "match": {"model": "m"}, "audit_rate": 1.0}],
+            teacher={"timeout_s": 30.0},
+        )
         publish(running.state_dir, "t", {"parcel lost": "lost", "card stolen": "stolen"})
         eventually(lambda: running.get("/readyz").json()["live_releases"] == 1)
 
-        def ask(text: str, user: str) -> None:
+        def ask(text: str, user: str, **headers: str) -> None:
             body = {"model": "m", "user": user, "messages": [{"role": "user", "content": text}]}
-            assert running.post(json=body).status_code == 200
+            assert running.post(json=body, headers=headers).headers["x-understudy-route"] == "student"
 
         stop = threading.Event()
 
         def go_on() -> None:
             while not stop.is_set():
-                ask("hello", "other")
+                ask("card stolen", "other", **{"x-understudy-route": "student"})
 
-        ask("parcel lost", "mine")
         traffic = threading.Thread(target=go_on)
         traffic.start()
         try:
             eventually(lambda: len(running.exchanges()) > 3)
-            ask("parcel lost", "mine")  # its audit is under way when it is forgotten
+            ask("parcel lost", "mine", **{"cache-control": "no-cache"})
+            ask("parcel lost", "mine", **{"cache-control": "no-cache"})
             done = forget(running.state_dir, Whose(user="mine"))
+            assert running.metric("understudy_audits_total") == 0, "they are under way"
         finally:
             stop.set()
             traffic.join()
         assert done.left == []
         assert done.tasks["t"].exchanges == 2
-        before = len(read_forgotten(running.state_dir))
-        assert before == 2
-        ask("parcel lost", "other")
-        eventually(lambda: running.metric("understudy_audits_total") >= 3)
-        eventually(lambda: sum(e.audit == "answered" and e.by_student for e in running.exchanges()) == 1)
+        forgotten = read_forgotten(running.state_dir)
+        assert len(forgotten) == 2
+        eventually(lambda: running.metric("understudy_audits_total") == 2)
+        ask("card stolen", "other", **{"x-understudy-route": "student"})  # written behind them
         assert {e.request["user"] for e in running.exchanges()} == {"other"}
-        assert not any(
-            id.encode() in path.read_bytes()
-            for id in read_forgotten(running.state_dir)
-            for path in running.state_dir.rglob("*.jsonl*")
-        )
+        written = b"".join(path.read_bytes() for path in running.state_dir.rglob("*.jsonl*"))
+        assert not any(id.encode() in written for id in forgotten)
 
     def test_one_that_doesnt_listen_is_named(self, tmp_path: Path) -> None:
         path = segment(tmp_path, "00000000-1-1.jsonl.open", exchange("mine"))
