@@ -13,9 +13,7 @@ from serving.log import LogReader
 
 @pytest.mark.skipif(not Path("/proc/locks").exists(), reason="finds the keeper in /proc")
 def test_every_answer_that_was_received_is_in_the_log_once(tmp_path: Path) -> None:
-    campaign = Campaign(
-        kills=5, clients=8, victims=("worker", "keeper", "everything", "worker", "supervisor")
-    )
+    campaign = Campaign(kills=4, clients=8, victims=("worker", "keeper", "everything", "supervisor"))
     casualties = run_campaign(campaign, tmp_path, Console(quiet=True))
     assert casualties.kills.total() == 4
     assert {"keeper", "everything", "supervisor"} <= set(casualties.kills)
