@@ -10,80 +10,25 @@ import asyncio
 import contextlib
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway import names
-from gateway.access_log import AccessLog
 from gateway.admin import Readiness, create_admin
-from gateway.admission import TEACHERS_SHARE, Admission
-from gateway.attempts import Attempts
-from gateway.audits import WAITS_FOR_S, Audits
-from gateway.auth import AdminGate, Gate
-from gateway.cache import Cache
-from gateway.cache_key import cache_scope
-from gateway.chat import ChatEndpoint
+from gateway.auth import AdminGate
 from gateway.client import Client, request_id_of
 from gateway.envelope import internal_error, stopping
 from gateway.keeper import Keeper
-from gateway.ledger import Ledger
-from gateway.live import LiveReleases
-from gateway.metrics import Metrics
-from gateway.passthrough import Passthrough
-from gateway.pipeline import Pipeline
-from gateway.reload import Generation, Kept, reloadable
-from gateway.tasks import Tasks
-from serving.breaker import State
+from gateway.parts import Lasting, Parts, audit_deadline_s, make_lasting, make_parts, make_tasks
+from gateway.reload import Generation, reloadable
 from serving.disk import Disk
-from serving.errors import ConfigError
-from serving.layout import task_names
-from serving.log import EventLog
-from serving.pricing import PriceList
-from serving.redaction import Redactor
 from serving.settings import Settings
-from serving.slots import Slots
-from serving.teacher import Teacher
-from serving.upstream import Upstream
-
-if TYPE_CHECKING:
-    from gateway.tracing import Tracing
 
 log = logging.getLogger("understudy.app")
-
-_AUDIT_GRACE_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Lasting:
-    """What outlives a reload: whatever has a memory, or exists once in a process."""
-
-    metrics: Metrics
-    event_log: EventLog
-    live: LiveReleases
-    attempts: Attempts
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What is made from one configuration, and made anew when that is reloaded."""
-
-    settings: Settings
-    admins: AdminGate
-    gate: Gate
-    tasks: Tasks
-    audits: Audits
-    cache: Kept[Cache]
-    admission: Admission
-    chat: ChatEndpoint
-    passthrough: Passthrough
-    access_log: AccessLog
-    tracing: Tracing | None
 
 
 def create_app(settings: Settings, *, config_path: Path | None = None, disk: Disk | None = None) -> Gateway:
@@ -143,16 +88,14 @@ class Gateway:
         if old is None or lasting is None or keeper is None:
             raise RuntimeError("only a running gateway can be reloaded")
         settings, kept = reloadable(old.parts.settings, settings)
-        tasks = _tasks(settings, old.parts.tasks.names())
-        new = await self._assemble(settings, lasting, tasks, self._cache(settings, lasting, old.parts))
-        if settings.teacher.base_url == old.parts.settings.teacher.base_url:
-            new.parts.gate.take_over(old.parts.gate)
+        tasks = make_tasks(settings, old.parts.tasks.names())
+        new = await make_parts(settings, lasting, tasks, old.parts)
         self._generation = new
         self._admins = new.parts.admins
         lasting.live.adopt(new.parts.tasks)
         keeper.adopt(
             new.parts.audits,
-            deadline_s=_audit_deadline_s(settings),
+            deadline_s=audit_deadline_s(settings),
             interval_s=settings.learning.interval_s,
             retention_days=settings.log.retention_days,
         )
@@ -220,15 +163,15 @@ class Gateway:
         settings = self._settings
         async with AsyncExitStack() as stack:
             self._disk.make_directory(settings.state_dir / "tasks")
-            tasks = _tasks(settings)
-            lasting = _lasting(settings, tasks, self._disk, stack)
+            tasks = make_tasks(settings)
+            lasting = make_lasting(settings, tasks, self._disk, stack)
             await lasting.live.refresh()
-            generation = await self._assemble(settings, lasting, tasks, self._cache(settings, lasting, None))
+            generation = await make_parts(settings, lasting, tasks)
             keeper = Keeper(
                 settings.state_dir,
                 generation.parts.audits,
                 lasting.metrics,
-                deadline_s=_audit_deadline_s(settings),
+                deadline_s=audit_deadline_s(settings),
                 interval_s=settings.learning.interval_s,
                 config_path=self._config_path,
                 retention_days=settings.log.retention_days,
@@ -247,157 +190,9 @@ class Gateway:
             generation, self._generation = self._generation, None
             await generation.aclose()
 
-    @staticmethod
-    def _cache(settings: Settings, lasting: Lasting, old: Parts | None) -> Kept[Cache]:
-        """Go on with the old cache, unless its answers may be another teacher's or its settings others."""
-        scope = cache_scope(settings.teacher)
-        if (
-            old is not None
-            and old.settings.cache == settings.cache
-            and cache_scope(old.settings.teacher) == scope
-        ):
-            return old.cache
-        cache = Cache(settings.cache, lasting.metrics, scope=scope)
-        return Kept(cache, cache.aclose)
-
-    async def _assemble(
-        self, settings: Settings, lasting: Lasting, tasks: Tasks, cache: Kept[Cache]
-    ) -> Generation[Parts]:
-        """Build the parts of one configuration; they are taken down in the opposite order."""
-        async with AsyncExitStack() as stack:
-            stack.push_async_callback(cache.hold())
-            key = settings.teacher_key()
-            metrics = lasting.metrics
-            prices = PriceList(settings.teacher.price, base_url=settings.teacher.base_url)
-            upstream = Upstream(
-                settings.teacher.base_url,
-                timeout_s=settings.teacher.timeout_s,
-                max_connections=0,
-            )
-            stack.push_async_callback(upstream.aclose)
-            make_tracing, make_teacher = tracing_of(settings)
-            tracing = None if make_tracing is None else make_tracing(settings.teacher.base_url)
-            if tracing is not None:
-                stack.push_async_callback(tracing.aclose)
-            room = max(1, int(TEACHERS_SHARE * settings.server.max_concurrency))
-            at_once = min(settings.teacher.max_concurrency, room)
-            for requests in ("chat", "other"):
-                metrics.record_breaker(requests, State.CLOSED)
-            teacher = make_teacher(
-                settings.teacher,
-                upstream,
-                key,
-                prices,
-                slots=Slots(at_once, waiting=min(at_once, room - at_once)),
-                on_breaker=metrics.record_breaker,
-                on_retry=metrics.record_retry,
-            )
-            ledger = Ledger(
-                lasting.event_log,
-                metrics,
-                prices,
-                student_usd_per_hour=settings.student.usd_per_hour,
-                teacher_model=settings.teacher.model,
-                max_wait_s=settings.log.max_wait_s,
-                redactor=Redactor(settings.log.redact) if settings.log.redact else None,
-            )
-            stack.push_async_callback(ledger.aclose)
-            gate = Gate(settings.server.api_keys, key)
-            audits = Audits(
-                teacher=teacher,
-                ledger=ledger,
-                live=lasting.live,
-                tasks=tasks,
-                metrics=metrics,
-                client_keys=gate.client_keys,
-                keeper_can_audit=_keeper_can_audit(settings),
-            )
-            stack.push_async_callback(audits.aclose)
-            pipeline = Pipeline(
-                teacher=teacher,
-                tasks=tasks,
-                live=lasting.live,
-                gate=gate,
-                ledger=ledger,
-                audits=audits,
-                attempts=lasting.attempts,
-                cache=cache.thing,
-                cache_settings=settings.cache,
-                metrics=metrics,
-            )
-            stack.push_async_callback(pipeline.aclose)
-            parts = Parts(
-                settings=settings,
-                admins=AdminGate(settings.server.admin_key, settings.server.host),
-                gate=gate,
-                tasks=tasks,
-                audits=audits,
-                cache=cache,
-                admission=Admission(
-                    metrics,
-                    max_requests=settings.server.max_concurrency,
-                    max_bytes=settings.server.max_held_bytes,
-                ),
-                chat=ChatEndpoint(pipeline, gate, metrics, max_body_bytes=settings.server.max_body_bytes),
-                passthrough=Passthrough(
-                    teacher, gate, metrics, max_upload_bytes=settings.server.max_upload_bytes
-                ),
-                access_log=AccessLog(sample=settings.observe.access_log_sample),
-                tracing=tracing,
-            )
-            return Generation(parts, stack.pop_all())
-
-
-def _lasting(settings: Settings, tasks: Tasks, disk: Disk, stack: AsyncExitStack) -> Lasting:
-    """Build what every configuration shares."""
-    state_dir = settings.state_dir
-    metrics = Metrics()
-    live = LiveReleases(state_dir, tasks, metrics, redact=settings.log.redact)
-    stack.push_async_callback(live.aclose)
-    event_log = EventLog(state_dir, settings.log, disk=disk)
-    stack.push_async_callback(event_log.aclose)
-    return Lasting(metrics, event_log, live, Attempts())
-
-
-def _tasks(settings: Settings, known: Iterable[str] = ()) -> Tasks:
-    """Build the tasks; those `known` to an earlier configuration stay, even before they are on disk."""
-    carried = list(known)
-    return Tasks(settings, lambda: {*task_names(settings.state_dir), *carried})
-
-
-def _audit_deadline_s(settings: Settings) -> float:
-    patience_s = 0.0 if _keeper_can_audit(settings) else WAITS_FOR_S
-    return max(settings.teacher.timeout_s + _AUDIT_GRACE_S, patience_s)
-
-
-def _keeper_can_audit(settings: Settings) -> bool:
-    """Say whether another process can finish an audit: not without the client's key, or what was asked."""
-    own_key = bool(settings.server.api_keys) or settings.teacher_key() is not None
-    return own_key and not settings.log.redact
-
 
 async def _finish_audits(parts: Parts) -> None:
     await parts.audits.aclose(grace_s=None)
-
-
-def tracing_of(settings: Settings) -> tuple[type[Tracing] | None, type[Teacher]]:
-    """Return what traces requests, and a teacher whose questions are traced; None and the plain one if off.
-
-    Raises ConfigError when traces are wanted and OpenTelemetry isn't installed.
-    """
-    if not settings.observe.traced():
-        return None, Teacher
-    try:
-        # Only now: it is an extra, and takes a third of a second.
-        from gateway.tracing import TracedTeacher, Tracing
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "opentelemetry":
-            raise
-        raise ConfigError(
-            "traces are wanted (observe.otel, or OTEL_EXPORTER_OTLP_ENDPOINT) and OpenTelemetry isn't installed: "
-            "pip install 'understudy[otel]', or set observe.otel = false"
-        ) from None
-    return Tracing, TracedTeacher
 
 
 def _is_chat(client: Client) -> bool:

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gateway.app import tracing_of
 from gateway.auth import is_loopback
 from gateway.finding import Finding
+from gateway.parts import tracing_of
 from gateway.server import is_exposed
 from serving.disk import Disk
 from serving.errors import ConfigError

@@ -15,9 +15,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gateway.app import create_app, tracing_of
+from gateway.app import create_app
 from gateway.auth import is_loopback
 from gateway.log_format import configure_logging
+from gateway.parts import tracing_of
 from gateway.worker import BACKLOG, Beat, Worker
 from gateway.workers import Supervisor
 from serving.disk import Disk
