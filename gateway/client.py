@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import secrets
 import time
@@ -20,7 +19,6 @@ from serving.chat import sse
 from serving.errors import RequestError
 
 _DROPPED_AT_MOST = 1024 * 1024
-_LINGER_S = 10.0
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -146,24 +144,9 @@ class Client:
         await self.end()
 
     async def refuse(self, refusal: Refusal, headers: Iterable[tuple[str, str]] = ()) -> None:
-        """Send an error. What is still to come of the request's body is thrown away.
-
-        A connection closed with bytes unread is reset, and many a client that is still sending would then see
-        a broken connection, and try again, instead of the answer. So we read on for a while (as nginx's
-        lingering_close does) before the connection is closed.
-        """
-        if not self.has_body() or self._body_read.is_set():
-            await self._refuse(refusal, headers)
-            return
-        length = ("content-length", str(len(refusal.body)))
-        told = [*refusal.headers, *headers, ("connection", "close"), length]
-        await self.start(refusal.status, [JSON_TYPE, *told])
-        await self.piece(refusal.body)
-        with contextlib.suppress(ClientGone, TimeoutError):
-            async with asyncio.timeout(_LINGER_S):
-                async for _ in self.pieces():
-                    pass
-        await self.end()
+        """Send an error; if the request isn't whole, its connection closes (gateway/edge.py sees to how)."""
+        whole = not self.has_body() or self._body_read.is_set()
+        await self._refuse(refusal, headers if whole else [*headers, ("connection", "close")])
 
     async def break_off(self, refusal: Refusal) -> None:
         """End an answer that won't be finished: an error, or in a stream of events an error frame.

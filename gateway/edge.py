@@ -35,7 +35,10 @@ SLOWEST_BYTES_S = 1024
 KEEP_ALIVE_S = 75
 """Longer than clients (5 s in httpx) and load balancers (60 s) keep an idle connection: they close it, not we."""
 _DRAINING_KEEP_ALIVE_S = 5
-_LINGER_S = 2.0
+_LINGER_S = 10.0
+"""How long a client may go on sending after it was refused, before the connection is closed all the same."""
+_SILENT_S = 2.0
+"""How long it may send nothing."""
 
 
 class _Stage(enum.Enum):
@@ -94,6 +97,7 @@ class Edge(HttpToolsProtocol):
         self._watched = _Stage.BETWEEN
         self._why: tuple[int, str, str] | None = None
         self._idle_since = self.loop.time()
+        self._closes_at = 0.0
 
     # What the event loop calls
 
@@ -107,6 +111,7 @@ class Edge(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Feed the parser, then see whether the request comes on as it should."""
         if self._ignoring():
+            self._fed += len(data)
             return
         self._piece = len(data)
         self._fed += self._piece
@@ -203,7 +208,11 @@ class Edge(HttpToolsProtocol):
         return self._stage is _Stage.BODY
 
     def linger(self) -> None:
-        """Close for writing, and read on for a moment: data that nobody reads makes the system send a reset."""
+        """Close for writing, and read on for a while (as nginx's lingering_close does).
+
+        Closed with bytes unread a connection is reset, and a client that is still sending would see that, and
+        try again, instead of its answer.
+        """
         if self._stage is _Stage.IGNORED or self.transport.is_closing():
             return
         self._stage = _Stage.IGNORED
@@ -211,7 +220,19 @@ class Edge(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self.flow.resume_reading()
         self.transport.write_eof()
-        self._watch = self.loop.call_later(_LINGER_S, self.transport.close)
+        self._closes_at = self.loop.time() + _LINGER_S
+        self._leave_if_silent()
+
+    def _leave_if_silent(self) -> None:
+        self._fed = 0
+        self._watch = self.loop.call_later(_SILENT_S, self._leave)
+
+    def _leave(self) -> None:
+        """Close, unless the client is sending still and has time left."""
+        if self._fed and self.loop.time() < self._closes_at:
+            self._leave_if_silent()
+        else:
+            self.transport.close()
 
     def _turn_away(self, status: int, message: str, code: str) -> None:
         """Answer with an error if this connection's next answer is this request's, and close."""

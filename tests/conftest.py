@@ -26,6 +26,7 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
+from uvicorn.server import ServerState
 
 from routers.router import Router
 from serving.disk import Disk
@@ -151,14 +152,15 @@ def redis_server(require: Require) -> Iterator[Callable[..., RunningRedis]]:
 def serve() -> Iterator[Callable[..., str]]:
     """Serve ASGI apps with a real uvicorn, each on a free port, until the test ends; gives the base URL.
 
-    Keywords go to uvicorn.
+    `state` is what its connections share; other keywords go to uvicorn.
     """
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def start(app: App, **options: Any) -> str:
+    def start(app: App, *, state: ServerState | None = None, **options: Any) -> str:
         listening = socket.create_server(("127.0.0.1", 0))
         config = uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=5, **options)
         server = uvicorn.Server(config)
+        server.server_state = state or server.server_state
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         running.append((server, thread))
@@ -304,17 +306,22 @@ class RunningGateway:
 
 @pytest.fixture
 def gateway(
-    serve: Callable[[App], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., RunningGateway]:
-    """Start a gateway before a teacher; keywords are sections of the settings."""
+    """Start a gateway before a teacher; keywords are sections of the settings.
+
+    With `edge` its connections are those of `understudy serve` (gateway/edge.py), which close slowly.
+    """
     # Imported here: most tests need no gateway, and it takes most of a second.
     from gateway.app import create_app
+    from gateway.edge import Door, Edge
 
     def start(
         base_url: str,
         *,
         teacher_key: str | None = TEACHER_KEY,
         disk: Disk | None = None,
+        edge: bool = False,
         **sections: Any,
     ) -> RunningGateway:
         if teacher_key is None:
@@ -336,7 +343,8 @@ def gateway(
                 **sections.get("teacher", {}),
             },
         }
-        return RunningGateway(serve(create_app(Settings(**given), disk=disk)), state_dir)
+        connections = {"http": Edge, "state": Door(receive_timeout_s=30.0)} if edge else {}
+        return RunningGateway(serve(create_app(Settings(**given), disk=disk), **connections), state_dir)
 
     return start
 

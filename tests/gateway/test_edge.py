@@ -260,6 +260,19 @@ def test_a_body_that_is_refused_half_way_gets_its_answer(connect: Start) -> None
         assert json.loads(body)["error"]["code"] == "request_too_large"
 
 
+def test_who_goes_on_sending_slowly_is_not_reset(connect: Start) -> None:
+    """For longer than the silence after which a refused connection is closed."""
+    connection = connect()
+    connection.sendall(CHAT + b"content-length: 30000000\r\n\r\n" + b" " * 200_000)
+    refused = connection.recv(65536)
+    assert refused.startswith(b"HTTP/1.1 413 ")
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        connection.sendall(b" ")
+        time.sleep(0.05)
+    assert connection.recv(65536) == b""
+
+
 def test_rubbish_after_a_request_doesnt_get_into_its_answer(listen: Start) -> None:
     connection = listen(latency_ms=300)()
     connection.sendall(CHAT + b"content-length: %d\r\n\r\n%s" % (len(BODY), BODY) + b"\x16rubbish\r\n\r\n")

@@ -200,7 +200,9 @@ def test_a_body_far_too_large_gets_its_answer_and_no_broken_connection(
     stand_in: Start, gateway: Start
 ) -> None:
     running = gateway(
-        stand_in({"hello": "x"}).url, server={"max_body_bytes": 100_000, "max_upload_bytes": 100_000}
+        stand_in({"hello": "x"}).url,
+        server={"max_body_bytes": 100_000, "max_upload_bytes": 100_000},
+        edge=True,
     )
     with running.client(max_retries=0) as client:
         for _ in range(3):
@@ -215,7 +217,9 @@ def test_a_body_far_too_large_gets_its_answer_and_no_broken_connection(
 
 def test_a_client_that_sends_all_before_it_reads_gets_its_answer_too(stand_in: Start, gateway: Start) -> None:
     running = gateway(
-        stand_in({"hello": "x"}).url, server={"max_body_bytes": 100_000, "max_upload_bytes": 100_000}
+        stand_in({"hello": "x"}).url,
+        server={"max_body_bytes": 100_000, "max_upload_bytes": 100_000},
+        edge=True,
     )
     address = ("127.0.0.1", int(running.url.rpartition(":")[2]))
     for path in ("/v1/chat/completions", "/v1/files"):
@@ -231,7 +235,7 @@ def test_a_client_that_sends_all_before_it_reads_gets_its_answer_too(stand_in: S
 
 
 def test_a_wrong_key_is_said_however_much_is_sent_with_it(stand_in: Start, gateway: Start) -> None:
-    running = gateway(stand_in({"hello": "x"}).url, server={"api_keys": ["right"]})
+    running = gateway(stand_in({"hello": "x"}).url, server={"api_keys": ["right"]}, edge=True)
     with running.client(api_key="wrong") as client:
         for _ in range(3):
             with pytest.raises(openai.AuthenticationError):
