@@ -75,14 +75,14 @@ class ChatRequest:
 
 def system_text(request: Json) -> str:
     """Join the text of all system and developer messages by newlines; empty when there is none."""
-    texts = (_text(m.get("content")) for m in request["messages"] if m.get("role") in _SYSTEM_ROLES)
+    texts = (text_of(m.get("content")) for m in request["messages"] if m.get("role") in _SYSTEM_ROLES)
     return "\n".join(text for text in texts if text)
 
 
 def last_user_text(request: Json) -> str | None:
     """Return the last message's text if it is the user's and plain text, else None (images, …)."""
     last = request["messages"][-1]
-    return _text(last.get("content")) if last.get("role") == "user" else None
+    return text_of(last.get("content")) if last.get("role") == "user" else None
 
 
 def token_limit(request: Json) -> int | None:
@@ -231,7 +231,8 @@ def _kind(value: object) -> str:
             return "an object"
 
 
-def _text(content: object) -> str | None:
+def text_of(content: object) -> str | None:
+    """Return the text of a message's `content`, its parts joined; None for what isn't text only."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:

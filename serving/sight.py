@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from serving.chat import text_of
 from serving.exchange import Json
 
 Sees = Literal["message", "last", "conversation"]
@@ -56,12 +57,12 @@ def seen_text(request: Json, sees: Sees = "message") -> str:
     for one of the last message.
     """
     *earlier, last = _turns(request)
-    parts = [_text(last) or ""]
+    parts = [text_of(last.get("content")) or ""]
     left = _EARLIER_CHARACTERS if sees == "conversation" else 0
     for turn in reversed(earlier):
         if left <= 0:
             break
-        text = (_text(turn) or "")[:left]
+        text = (text_of(turn.get("content")) or "")[:left]
         left -= len(text)
         mark = _MARKS[turn["role"]]
         parts.append(" ".join(mark + word for word in _WORD.findall(text)))
@@ -70,7 +71,7 @@ def seen_text(request: Json, sees: Sees = "message") -> str:
 
 def spoken_characters(request: Json) -> int:
     """The length of all turns that are text, seen or not: what the teacher's prompt tokens grow with."""
-    return sum(len(_text(turn) or "") for turn in _turns(request))
+    return sum(len(text_of(turn.get("content")) or "") for turn in _turns(request))
 
 
 def _turns(request: Json) -> list[Json]:
@@ -98,21 +99,6 @@ def _unsupported_turns(turns: list[Json], sees: Sees) -> str | None:
                 return "tools"
             if turn["role"] not in _MARKS:
                 return "turns"
-            if _text(turn) is None:
+            if text_of(turn.get("content")) is None:
                 return "content"
-    return "content" if _text(turns[-1]) is None else None
-
-
-def _text(message: Json) -> str | None:
-    """A message's text, its parts joined; None for what isn't text only."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        return None
-    texts: list[str] = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            return None
-        texts.append(part["text"])
-    return "".join(texts)
+    return "content" if text_of(turns[-1].get("content")) is None else None
