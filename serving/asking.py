@@ -67,8 +67,7 @@ class Asking:
         self._budget.request()
         while True:
             try:
-                async with asyncio.timeout_at(deadline):
-                    answer = await self._once(attempt)
+                answer = await self._once(attempt, deadline)
             except UpstreamUnavailable:
                 raise
             except UpstreamError as error:
@@ -85,12 +84,6 @@ class Asking:
                     self._tell("over_budget")
                     raise
                 last = error
-            except TimeoutError:
-                if failed:
-                    self._tell("failed")
-                raise UpstreamTimeout(
-                    f"the teacher at {self._place} didn't answer within {self._timeout_s:g} s"
-                ) from None
             else:
                 if failed:
                     self._tell("answered")
@@ -105,11 +98,11 @@ class Asking:
         if self._breaker is not None:
             self._breaker.failed_later()
 
-    async def _once(self, attempt: Callable[[], Awaitable[_T]]) -> _T:
+    async def _once(self, attempt: Callable[[], Awaitable[_T]], deadline: float) -> _T:
         """Make one attempt, and tell the breaker how it ended."""
         breaker = self._breaker
         if breaker is None:
-            return await attempt()
+            return await self._in_time(attempt, deadline)
         ticket = breaker.enter()
         if ticket is None:
             again_s = breaker.retry_after_s()
@@ -119,12 +112,14 @@ class Asking:
                 again_s,
             )
         try:
-            answer = await attempt()
+            answer = await self._in_time(attempt, deadline)
         except UpstreamError as error:
             if isinstance(error, StaleConnection):
                 breaker.abandoned(ticket)
             elif self._is_fault(error):
                 breaker.failed(ticket)
+            elif isinstance(error, UpstreamTimeout):
+                breaker.abandoned(ticket)
             else:
                 breaker.succeeded(ticket)
             raise
@@ -133,6 +128,16 @@ class Asking:
             raise
         breaker.succeeded(ticket)
         return answer
+
+    async def _in_time(self, attempt: Callable[[], Awaitable[_T]], deadline: float) -> _T:
+        try:
+            # Here and not around the breaker: it would take the end of our patience for a client that went away.
+            async with asyncio.timeout_at(deadline):
+                return await attempt()
+        except TimeoutError:
+            raise UpstreamTimeout(
+                f"the teacher at {self._place} didn't answer within {self._timeout_s:g} s"
+            ) from None
 
     def _tell(self, outcome: str) -> None:
         if self._on_retry is not None:

@@ -70,6 +70,24 @@ def test_a_stream_that_stalls_ends_by_an_error_long_before_the_deadline(
     assert running.metric("understudy_upstream_errors_total", kind="timeout") == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_teacher_that_never_answers_is_left_alone(stand_in: Start, gateway: Start, stream: bool) -> None:
+    teacher = stand_in(ANSWERS)
+    running = gateway(teacher.url, teacher={"timeout_s": 0.5})
+
+    def ask() -> None:
+        answer = running.post(json=body(failure="hang-after=0", stream=stream), timeout=20)
+        assert answer.status_code == 504
+
+    crowd = [threading.Thread(target=ask) for _ in range(12)]
+    for one in crowd:
+        one.start()
+    for one in crowd:
+        one.join()
+    answer = running.post(json=body("quick"), timeout=20)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "teacher_unavailable")
+
+
 def test_thinking_before_the_answer_is_no_stall(stand_in: Start, gateway: Start) -> None:
     teacher = stand_in(ANSWERS)
     running = gateway(teacher.url, teacher={"timeout_s": 20.0, "stall_timeout_s": 0.1})
