@@ -145,9 +145,9 @@ class Ledger:
 
         Everything that reaches the disk comes through here, and is redacted here.
         """
-        if self._redactor is not None:
-            event = self._redactor.event(event)
         try:
+            if self._redactor is not None:
+                event = self._redactor.event(event)
             await self._log.append(task, event)
         except (OSError, ValueError) as error:
             self._metrics.record_lost(task)

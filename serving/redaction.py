@@ -12,10 +12,10 @@ they are escaped. Text that is told in pieces (tokens with their log-probabiliti
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import re
 import string
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address
 from itertools import accumulate
@@ -78,7 +78,10 @@ _DOUBLED = bytes.maketrans(bytes(range(10)), bytes([0, 2, 4, 6, 8, 1, 3, 5, 7, 9
 _CARD = re.compile(
     r"4\d{12}(?:\d{3}){0,2}|(?:5[1-5]|2[2-7])\d{14}|3[47]\d{13}|3[0689]\d{12}|35\d{14,17}|(?:5[06-8]|6\d)\d{10,17}"
 )
-_EMAIL = re.compile(r"[^\s@<>()\[\],;:\"'\\]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}")
+# The mailbox is looked for from its beginning only: from each of its letters would take the square of its length.
+_EMAIL = re.compile(
+    r"(?<![^\s@<>()\[\],;:\"'\\])[^\s@<>()\[\],;:\"'\\]++@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}"
+)
 _IP = re.compile(
     r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)|(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])"
 )
@@ -243,8 +246,9 @@ class Redactor:
         for _ in range(_MOST_ROUNDS):
             before = text
             for mark, find in self._finders:
-                for start, end in reversed(find(text)):
-                    text = text[:start] + mark + text[end:]
+                spans = find(text)
+                if spans:
+                    text = _replaced(text, spans, mark)
             if text == before:
                 return text
         # Made to be found again and again: nothing of it is worth keeping.
@@ -266,7 +270,16 @@ class Redactor:
         return value
 
     def event(self, event: Json) -> Json:
-        """An event of the log as it may be written. Which of its parts were changed stands in `redacted`."""
+        """An event of the log as it may be written. Which of its parts were changed stands in `redacted`.
+
+        Raises ValueError for one that is nested too deeply to be searched.
+        """
+        try:
+            return self._event(event)
+        except RecursionError:
+            raise ValueError(f"event {event.get('id')!r} is nested too deeply to be redacted") from None
+
+    def _event(self, event: Json) -> Json:
         changed: dict[str, Any] = {}
         for part in ("request", "request_id", "teacher", "student"):
             before = event.get(part)
@@ -283,13 +296,17 @@ class Redactor:
         return {**event, **changed, "redacted": sorted({*event.get("redacted", ()), *changed})}
 
     def _string(self, text: str) -> str:
-        if "\\" in text and text.lstrip()[:1] in ("{", "["):
-            # JSON in a string: what is escaped in there doesn't look like what it says.
-            with contextlib.suppress(orjson.JSONDecodeError, TypeError):
+        if ("\\" in text or '"token"' in text) and text.lstrip()[:1] in ("{", "["):
+            # JSON in a string: what is escaped in there, or told in tokens, doesn't look like what it says.
+            try:
                 said = orjson.loads(text)
                 redacted = self.value(said)
                 if redacted is not said:
                     text = orjson.dumps(redacted).decode()
+            except orjson.JSONDecodeError:
+                pass  # no JSON
+            except (RecursionError, TypeError):
+                return self._finders[0][0]  # nested too deeply to be searched, or to be written again
         return self.text(text)
 
     def _object(self, value: Json) -> Json:
@@ -322,9 +339,10 @@ class Redactor:
                 return redacted if any(map(operator.is_not, redacted, tokens)) else tokens
             ends = list(accumulate(map(len, texts)))
             for start, end in spans:
-                touched = [i for i, last in enumerate(ends) if last > start and last - len(texts[i]) < end]
-                for position, i in enumerate(touched):
-                    redacted[i] = _blanked(redacted[i], "" if position else mark)
+                first = i = bisect_right(ends, start)
+                while i < len(ends) and ends[i] - len(texts[i]) < end:
+                    redacted[i] = _blanked(redacted[i], mark if i == first else "")
+                    i += 1
         return [_blanked(token, "") for token in redacted]
 
     def _found(self, text: str) -> tuple[str, list[Span]]:
@@ -334,6 +352,17 @@ class Redactor:
             if spans:
                 return mark, spans
         return "", []
+
+
+def _replaced(text: str, spans: list[Span], mark: str) -> str:
+    """Put the mark in the place of each span; of those that overlap only one."""
+    parts: list[str] = []
+    at = 0
+    for start, end in spans:
+        if start >= at:
+            parts += [text[at:start], mark]
+        at = max(at, end)
+    return "".join([*parts, text[at:]])
 
 
 def _blanked(token: Json, text: str) -> Json:

@@ -105,3 +105,11 @@ def test_an_answer_that_was_redacted_is_none_a_student_may_give(exchanges: Start
     assert [answer.key for answer in known_answers(rows)] == ["lost"]
     assert rows[0].answer not in (None, comparing.key(made[0].teacher.choices))
     assert len(known_answers(build_dataset(made, comparing).rows)) == 2
+
+
+def test_a_request_that_is_nested_too_deeply_to_be_searched_is_logged_without_it(redacting: Start) -> None:
+    deep = '{"\\u0061":' + "[" * 900 + "]" * 900 + "}"
+    running, _ = redacting({deep: "x"})
+    assert running.post(json=asked(deep)).status_code == 200
+    (exchange,) = running.exchanges()
+    assert exchange.request["messages"] == [{"role": "user", "content": "[email]"}]

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -121,6 +122,7 @@ def strings(value: Any) -> list[str]:
 
 
 @settings(max_examples=300, deadline=None)
+@example('{"content":[{"token":":"},{"token":":"}]}')
 @given(VALUES)
 def test_nothing_that_is_found_survives_and_nothing_else_changes(value: Any) -> None:
     redactor = Redactor(ALL)
@@ -272,3 +274,32 @@ class TestEvents:
 def test_a_bad_configuration_says_what_is_wrong(kinds: list[str], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         LogSettings(redact=kinds)
+
+
+@pytest.mark.parametrize("text", ["a@b.cc ", "x" * 63 + " ", "x", "a@", "b.", "+1 ", "12 ", "1.", "a:"])
+def test_a_long_text_takes_time_in_proportion(text: str) -> None:
+    """A client that can stop the event loop for minutes stops everybody's requests."""
+    long = text * (1_000_000 // len(text)) + "@b."
+    began = time.process_time()
+    Redactor(ALL).text(long)
+    assert time.process_time() - began < 10
+
+
+def test_many_tokens_take_time_in_proportion() -> None:
+    tokens = [{"token": token} for _ in range(20_000) for token in ("a", "@", "b.cc", " ")]
+    began = time.process_time()
+    redacted = Redactor(ALL).value({"content": tokens})
+    assert time.process_time() - began < 10
+    assert "@" not in "".join(token["token"] for token in redacted["content"])
+
+
+def test_what_is_nested_too_deeply_to_be_searched_is_not_kept() -> None:
+    """It must not end in an error of Python's own: nobody counts what is lost by that."""
+    redactor = Redactor(["email"])
+    deep = '{"\\u0061":' + "[" * 900 + '"x\\u0040example.com"' + "]" * 900 + "}"
+    assert redactor.value({"arguments": deep}) == {"arguments": "[email]"}
+    nested: Any = "x"
+    for _ in range(2000):
+        nested = [nested]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        redactor.event({"event": "answered", "id": "1", "teacher": {"choices": [{"message": nested}]}})
