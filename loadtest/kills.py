@@ -23,13 +23,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import openai
 from rich.console import Console
 from rich.table import Table
 
 from loadtest.processes import find_processes, is_running
-from loadtest.stack import KEY_VARIABLE, Child, Plan, StackError, configuration
+from loadtest.stack import KEY_VARIABLE, Child, Plan, StackError, configuration, start_gateway, start_stand_in
 from serving.exchange import Exchange, Json
 from serving.log import LogReader, seal_abandoned
 from serving.recording import Recorded, Recording
@@ -170,11 +171,8 @@ class _Gateway:
         self._workers = workers
         self._starts = 0
         self._port = 0
+        self.base_url = ""
         self._child = self._start()
-
-    @property
-    def base_url(self) -> str:
-        return f"http://127.0.0.1:{self._port}/v1"
 
     def kill(self, victim: Victim) -> Victim:
         """Kill, and start again what nobody else does; gives who was killed in the end."""
@@ -207,15 +205,11 @@ class _Gateway:
 
     def _start(self) -> Child:
         self._starts += 1
-        options = ["--config", str(self._config), "--workers", str(self._workers), "--port", str(self._port)]
-        child = Child("gateway", ["serve", *options], self._work / f"gateway-{self._starts}.log")
-        try:
-            address = child.wait_for("listens on http").partition("listens on ")[2].split()[0]
-            self._port = int(address.rpartition(":")[2])
-            child.wait_until_ready(f"{address}/readyz")
-        except BaseException:
-            child.kill(whole_session=True)
-            raise
+        log = self._work / f"gateway-{self._starts}.log"
+        child, self.base_url = start_gateway(
+            self._config, log, "--workers", str(self._workers), "--port", str(self._port)
+        )
+        self._port = urlsplit(self.base_url).port or 0
         return child
 
 
@@ -224,8 +218,8 @@ def run_campaign(campaign: Campaign, work: Path, console: Console) -> Casualties
     count = math.ceil(campaign.kills * (campaign.pause_s[1] + 2.0) * _QUESTIONS_PER_S) + 1000
     recording = work / "recording.jsonl"
     Recording(recording, tuple(Recorded(_question(n), _answer(n)) for n in range(count))).write(recording)
-    options = ["--port", "0", "--model", _MODEL, "--latency-ms", "20", "--api-key-env", KEY_VARIABLE]
-    stand_in = Child("stand-in", ["stand-in", str(recording), *options], work / "stand-in.log")
+    options = ["--model", _MODEL, "--latency-ms", "20", "--api-key-env", KEY_VARIABLE]
+    stand_in, stand_in_url = start_stand_in(recording, work / "stand-in.log", *options)
     try:
         plan = Plan(
             recording=recording,
@@ -237,7 +231,6 @@ def run_campaign(campaign: Campaign, work: Path, console: Console) -> Casualties
             model=_MODEL,
         )
         state_dir, config = work / "state", work / "understudy.toml"
-        stand_in_url = stand_in.wait_for("answers on http").rpartition(" ")[2]
         config.write_text(configuration(plan, stand_in_url, state_dir), encoding="utf-8")
         gateway = _Gateway(config, state_dir, work, campaign.workers)
         try:

@@ -177,25 +177,53 @@ def running(plan: Plan) -> Iterator[Stack]:
     try:
         if in_main:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-        options = ["--port", "0", "--model", plan.model, *plan.stand_in_options]
+        options = ["--model", plan.model, *plan.stand_in_options]
         if plan.latency_ms is not None:
             options += ["--latency-ms", str(plan.latency_ms)]
-        stand_in = Child("stand-in", ["stand-in", str(plan.recording), *options], plan.work / "stand-in.log")
+        stand_in, stand_in_url = start_stand_in(plan.recording, plan.work / "stand-in.log", *options)
         children.append(stand_in)
-        stand_in_url = stand_in.wait_for("answers on http").rpartition(" ")[2]
         state_dir = plan.work / "state"
         config = plan.work / "understudy.toml"
         config.write_text(configuration(plan, stand_in_url, state_dir), encoding="utf-8")
-        gateway = Child("gateway", ["serve", "--config", str(config)], plan.work / "gateway.log")
+        gateway, base_url = start_gateway(config, plan.work / "gateway.log")
         children.append(gateway)
-        address = gateway.wait_for("listens on http").partition("listens on ")[2].split()[0]
-        gateway.wait_until_ready(f"{address}/readyz")
-        yield Stack(f"{address}/v1", stand_in_url, config, state_dir, children)
+        yield Stack(base_url, stand_in_url, config, state_dir, children)
     finally:
         for child in reversed(children):  # the gateway first: it may still owe audits to its teacher
             child.stop()
         if in_main:
             signal.signal(signal.SIGTERM, before)
+
+
+def start_stand_in(recording: Path, log: Path, *options: str) -> tuple[Child, str]:
+    """Start a stand-in on a free port; gives it and its URL, which ends in `/v1`, once it answers.
+
+    Raises StackError, with its last words and nothing left behind, if it doesn't start.
+    """
+    child = Child("stand-in", ["stand-in", str(recording), "--port", "0", *options], log)
+    with _ended_if_it_fails(child):
+        return child, child.wait_for("answers on http").rpartition(" ")[2]
+
+
+def start_gateway(config: Path, log: Path, *options: str) -> tuple[Child, str]:
+    """Start a gateway; gives it and its base URL, which ends in `/v1`, once it is ready.
+
+    Raises StackError, with its last words and nothing left behind, if it doesn't start.
+    """
+    child = Child("gateway", ["serve", "--config", str(config), *options], log)
+    with _ended_if_it_fails(child):
+        address = child.wait_for("listens on http").partition("listens on ")[2].split()[0]
+        child.wait_until_ready(f"{address}/readyz")
+        return child, f"{address}/v1"
+
+
+@contextlib.contextmanager
+def _ended_if_it_fails(child: Child) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        child.kill(whole_session=True)
+        raise
 
 
 def configuration(plan: Plan, stand_in_url: str, state_dir: Path) -> str:

@@ -21,7 +21,7 @@ import orjson
 from loadtest.chaos.link import Link, linked
 from loadtest.chaos.traffic import MODEL, STUDENT_TOPICS, Message
 from loadtest.processes import Processes, find_processes
-from loadtest.stack import KEY_VARIABLE, Child, StackError
+from loadtest.stack import KEY_VARIABLE, Child, StackError, start_gateway, start_stand_in
 from routers.router import Router
 from serving.linear import KnownAnswer, LinearStudent, TokenEstimate
 from serving.releases import ReleaseStore
@@ -133,11 +133,9 @@ async def staged(folder: Path, messages: Iterable[Message]) -> AsyncIterator[Sta
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(_stop, children, redis)
         await asyncio.to_thread(redis.start)
-        options = ["--port", "0", "--model", MODEL, "--latency-ms", "5"]
-        stand_in = Child("stand-in", ["stand-in", str(recording), *options], folder / "stand-in.log")
+        options = ["--model", MODEL, "--latency-ms", "5"]
+        stand_in, stand_in_url = start_stand_in(recording, folder / "stand-in.log", *options)
         children.append(stand_in)
-        said = await asyncio.to_thread(stand_in.wait_for, "answers on http")
-        stand_in_url = said.rpartition(" ")[2]
         teacher_port = int(stand_in_url.removesuffix("/v1").rpartition(":")[2])
         to_teacher = await stack.enter_async_context(linked("127.0.0.1", teacher_port))
         to_redis = await stack.enter_async_context(linked("127.0.0.1", redis.port))
@@ -146,12 +144,12 @@ async def staged(folder: Path, messages: Iterable[Message]) -> AsyncIterator[Sta
         config = folder / "understudy.toml"
         config.write_text(configuration(state_dir, port, to_teacher, to_redis), encoding="utf-8")
         publish(state_dir)
-        gateway = await asyncio.to_thread(_start_gateway, folder, config)
+        gateway, base_url = await asyncio.to_thread(start_gateway, config, folder / "gateway.log")
         stage = Stage(
             folder,
             config,
             state_dir,
-            f"http://127.0.0.1:{port}/v1",
+            base_url,
             stand_in_url,
             redis,
             to_redis,
@@ -181,6 +179,9 @@ trainable = true
 timeout_s = 3
 price = {{ input = 10.0, output = 30.0 }}
 
+[cache]
+url = "redis://127.0.0.1:{to_redis.listening}/0"
+max_bytes = 0
 
 [learning]
 interval_s = 0
@@ -214,13 +215,6 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port: int = listening.getsockname()[1]
         return port
-
-
-def _start_gateway(folder: Path, config: Path) -> Child:
-    gateway = Child("gateway", ["serve", "--config", str(config)], folder / "gateway.log")
-    address = gateway.wait_for("listens on http").partition("listens on ")[2].split()[0]
-    gateway.wait_until_ready(f"{address}/readyz")
-    return gateway
 
 
 def _stop(children: list[Child], redis: Redis) -> None:

@@ -15,7 +15,10 @@ import pytest
 from loadtest.chaos.campaign import main, markdown
 from loadtest.chaos.evidence import Finding, added, errors, logged, lost, recovery
 from loadtest.chaos.link import Fault, linked
+from loadtest.chaos.stage import configuration
 from loadtest.chaos.traffic import PATIENCE_S, Message, Receipt, Traffic, recorded
+from serving.redis_url import RedisUrl
+from serving.settings import load_settings
 
 ANSWERED = Receipt(
     "req_0", "a", stream=False, began=10.0, ended=10.5, status=200, route="teacher", content="a"
@@ -114,6 +117,21 @@ def test_a_link_breaks_as_it_is_told(fault: Fault | None, expected: bytes | None
     heard, took = asyncio.run(talk())
     assert heard == expected
     assert (took >= 0.2) == (fault in ("slow", "silent"))
+
+
+def test_the_gateway_reaches_teacher_and_redis_over_the_links_alone(tmp_path: Path) -> None:
+    async def links() -> tuple[int, int, str]:
+        async with linked("127.0.0.1", 9) as to_teacher, linked("127.0.0.1", 9) as to_redis:
+            return to_teacher.listening, to_redis.listening, configuration(tmp_path, 0, to_teacher, to_redis)
+
+    teacher, redis, toml = asyncio.run(links())
+    config = tmp_path / "understudy.toml"
+    config.write_text(toml)
+    settings = load_settings(config)
+    assert settings.teacher.base_url == f"http://127.0.0.1:{teacher}/v1"
+    assert settings.cache.url is not None
+    assert RedisUrl.parse(settings.cache.url.get_secret_value()).nodes == (("127.0.0.1", redis),)
+    assert settings.cache.max_bytes == 0, "hits have to come from Redis"
 
 
 def test_clients_notice_what_is_wrong(stand_in: Callable[..., Any], gateway: Callable[..., Any]) -> None:
