@@ -67,7 +67,8 @@ def serve(
     ] = None,
 ) -> None:
     """Run the gateway."""
-    from serving.settings import Settings, load_settings
+    from serving.configuration import load_settings
+    from serving.settings import Settings
 
     options = {"host": host, "port": port, "workers": workers}
     given = {key: value for key, value in options.items() if value is not None}
@@ -245,8 +246,8 @@ def tasks(config: _Config = None, json: _AsJson = False) -> None:
     from distillation.economics import summarise
     from distillation.prompts import Prompts
     from distillation.templates import find_templates
+    from serving.configuration import load_settings
     from serving.rules import Rules
-    from serving.settings import load_settings
 
     settings = load_settings(config)
     prompts = Prompts(Rules(settings))
@@ -271,7 +272,7 @@ def learn(
     """Train the next student from the log, look at its promise, and release it if it keeps it."""
     from distillation.console import print_json, print_lessons, progress_line
     from distillation.learning import learn as learn_tasks
-    from serving.settings import load_settings
+    from serving.configuration import load_settings
 
     with progress_line(quiet or json) as progress:
         lessons = learn_tasks(load_settings(config), task, progress=progress)
@@ -290,8 +291,8 @@ def promote(
 ) -> None:
     """Make a release live. Gateways take it in within a second, without a restart."""
     from distillation.console import print_live
+    from serving.configuration import load_settings
     from serving.releases import ReleaseStore
-    from serving.settings import load_settings
 
     print_live(task, ReleaseStore(load_settings(config).state_dir).set_live(task, release), json)
 
@@ -304,8 +305,8 @@ def rollback(
 ) -> None:
     """Go back to the release before, or to the teacher alone if there was none."""
     from distillation.console import print_live
+    from serving.configuration import load_settings
     from serving.releases import ReleaseStore
-    from serving.settings import load_settings
 
     print_live(task, ReleaseStore(load_settings(config).state_dir).rollback(task), json)
 
@@ -332,11 +333,11 @@ def forget(
     from dataclasses import asdict
 
     from distillation.console import print_erasure, print_json, progress_bar
+    from serving.configuration import load_settings
     from serving.errors import ConfigError
     from serving.forgetting import Whose
     from serving.forgetting import forget as erase
     from serving.redaction import Redactor
-    from serving.settings import load_settings
     from serving.tenant import is_tenant, tenant_of
 
     settings = load_settings(config)
@@ -377,7 +378,7 @@ def doctor(
     json: _AsJson = False,
 ) -> None:
     """Check the configuration against the real teacher, Redis and disk, and say what to mend."""
-    from serving.settings import load_settings
+    from serving.configuration import load_settings
 
     settings = load_settings(config)
     from gateway.doctor import examine, is_fit, print_findings

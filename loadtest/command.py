@@ -16,9 +16,10 @@ from rich.console import Console
 from loadtest.replay import Replay, Target, order, replay
 from loadtest.stack import Plan, running
 from loadtest.table import show
+from serving.configuration import load_settings
 from serving.errors import ConfigError
 from serving.recording import Answers, Recording, read_recording
-from serving.settings import TaskPolicy, load_settings
+from serving.settings import TaskPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,12 +29,13 @@ from loadtest.results import Results, summarise
 from loadtest.stack import Stack
 from loadtest.traffic import Outcome, Sender
 from serving.agreement import comparison
+from serving.configuration import load_settings
 from serving.errors import ConfigError, UnderstudyError
 from serving.exchange import Exchange
 from serving.log import LogReader
 from serving.recording import Recorded
 from serving.releases import ReleaseStore
-from serving.settings import AgreementChoice, load_settings
+from serving.settings import AgreementChoice
 
 _SETTLE_S = 10.0
 

@@ -1,18 +1,12 @@
-"""The configuration: read once, checked whole, passed down.
+"""What can be set: every key with its default, its meaning and what it may be. `serving/configuration.py` reads it.
 
-`load_settings` reads a TOML file and then the environment (`UNDERSTUDY_<SECTION>__<KEY>`; lists as JSON). The
-environment wins. Every section refuses keys it does not know and names the nearest right one.
+Settings are read once, checked whole and passed down.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
 import re
-import tomllib
-import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,19 +15,16 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
-    ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from serving.errors import ConfigError
 from serving.redaction import parse_kinds
 from serving.redis_url import RedisUrl
 from serving.sight import Sees
 
-DEFAULT_FILE = Path("understudy.toml")
 ENV_PREFIX = "UNDERSTUDY_"
 RESERVED_TASKS = frozenset({"other"})
 """`other` takes the requests of every prompt that is no task (yet, or beyond `server.max_tasks`); nothing is learned
@@ -375,158 +366,3 @@ class Settings(BaseSettings):
                 "that can't be sent (a line break, a letter with an accent, …): set it again"
             )
         return SecretStr(value) if value else None
-
-
-def load_settings(path: Path | None = None) -> Settings:
-    """Read the configuration file and the environment, which wins.
-
-    `path` None means `understudy.toml` in the working directory if there is one, else the defaults. Raises
-    ConfigError, whose message names everything that is wrong and never holds a secret.
-    """
-    return _validated(_read_toml(path))
-
-
-def _read_toml(path: Path | None) -> dict[str, Any]:
-    file = DEFAULT_FILE if path is None else path
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if path is None:
-            return {}
-        raise ConfigError(f"there is no configuration file {file}") from None
-    except OSError as error:
-        raise ConfigError(f"the configuration file {file} can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the configuration file {file} isn't UTF-8 (byte {error.start})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the configuration file {file} isn't TOML: {error}") from None
-
-
-def _validated(data: dict[str, Any]) -> Settings:
-    """Check `data` and the environment together, or raise ConfigError."""
-    lines = _unknown_variables()
-    try:
-        settings = Settings(**data)
-    except ValidationError as error:
-        lines += [_explain(item) for item in error.errors(include_url=False, include_context=False)]
-    except SettingsError:
-        lines += _undecodable_variables()
-    if lines:
-        raise ConfigError("; ".join(lines))
-    return settings
-
-
-def _explain(error: ErrorDetails) -> str:
-    """One line for one thing that pydantic found wrong: which key, which value, what is allowed."""
-    loc = error["loc"]
-    key = _dotted(loc)
-    origin = _variable(loc)
-    where = f"{key} (from {origin})" if origin else key
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(loc[:-1])
-        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-        inside = _dotted(loc[:-1])
-        hint = (
-            f"did you mean {_dotted((*loc[:-1], near[0]))}?"
-            if near
-            else f"{inside or 'the top level'} knows {', '.join(sorted(known))}"
-        )
-        return f"unknown key {where}: {hint}"
-    if error["type"] == "missing":
-        return f"{where} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    return f"{where} = {_shown(loc, error['input'])}: {message}"
-
-
-def _shown(loc: Sequence[int | str], value: object) -> str:
-    """Show the value as a person wrote it, unless it may be or hold a secret."""
-    if {"api_keys", "api_key_env", "admin_key"} & set(loc) or tuple(loc[:2]) == ("cache", "url"):
-        return "(hidden)"
-    text = repr(value)
-    if any(word in text for word in ("api_key", "admin_key", "redis")) or ("://" in text and "@" in text):
-        return "(hidden)"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _dotted(loc: Sequence[int | str]) -> str:
-    """`("task", 0, "match", "model")` as a person would write it: `task[0].match.model`."""
-    text = ""
-    for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
-def _variable(loc: Sequence[int | str]) -> str | None:
-    """Name the environment variable that set this key (or the section or list around it), if one did."""
-    names = {name.upper(): name for name in os.environ}
-    for depth in range(len(loc), 0, -1):
-        wanted = ENV_PREFIX + "__".join(str(part) for part in loc[:depth]).upper()
-        if wanted in names:
-            return names[wanted]
-    return None
-
-
-def _known_keys(loc: Sequence[int | str]) -> list[str]:
-    """Return the keys of the section at `loc`, which is valid."""
-    model: type[BaseModel] = Settings
-    for part in loc:
-        if isinstance(part, str):
-            model = _section(model.model_fields[part].annotation) or model
-    return list(model.model_fields)
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """Find the model inside `X`, `X | None` or `list[X]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for arg in typing.get_args(annotation) if (found := _section(arg))), None)
-
-
-def _unknown_variables() -> list[str]:
-    """Name the variables that look like ours but name no section.
-
-    Unknown keys of a known section are found by the model.
-    """
-    lines = []
-    sections = list(Settings.model_fields)
-    for name in sorted(os.environ):
-        if not name.upper().startswith(ENV_PREFIX):
-            continue
-        first, nested, rest = name[len(ENV_PREFIX) :].lower().partition("__")
-        near = difflib.get_close_matches(first, sections, n=1, cutoff=0.5 if nested else 0.8)
-        if first not in sections and (nested or near):
-            hint = (
-                f"did you mean {ENV_PREFIX}{near[0].upper()}{nested}{rest.upper()}?"
-                if near
-                else (f"the sections are {', '.join(sections)}")
-            )
-            lines.append(f"unknown environment variable {name}: {hint}")
-    return lines
-
-
-def _undecodable_variables() -> list[str]:
-    """Name the variables of ours that set a list or a whole section and aren't JSON."""
-    lines = []
-    for name, value in sorted(os.environ.items()):
-        path = name[len(ENV_PREFIX) :].lower().split("__")
-        if not name.upper().startswith(ENV_PREFIX) or not value or not _holds_json(path):
-            continue
-        try:
-            json.loads(value)
-        except ValueError:
-            lines.append(f'the environment variable {name} should be JSON, such as ["one", "two"] for a list')
-    return lines or [f"an environment variable that begins with {ENV_PREFIX} should be JSON and isn't"]
-
-
-def _holds_json(path: Sequence[str]) -> bool:
-    """Say whether the key at `path` is a section, a list or a table, which a variable gives as JSON."""
-    model: type[BaseModel] | None = Settings
-    for part in path[:-1]:
-        field = model.model_fields.get(part) if model else None
-        model = _section(field.annotation) if field else None
-    last = model.model_fields.get(path[-1]) if model else None
-    if last is None:
-        return False
-    kinds = {last.annotation, typing.get_origin(last.annotation)}
-    return bool(kinds & {list, dict}) or _section(last.annotation) is not None

@@ -19,7 +19,8 @@ import understudy
 from gateway import names
 from gateway.metrics import Metrics
 from routers.router import Router
-from serving.settings import ENV_PREFIX, Settings, TaskPolicy, TaskSettings, load_settings
+from serving.configuration import load_settings
+from serving.settings import ENV_PREFIX, Settings, TaskPolicy, TaskSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pydantic import BaseModel
 
-from serving.settings import ENV_PREFIX, ServerSettings, Settings, load_settings
+from serving.configuration import load_settings
+from serving.settings import ENV_PREFIX, ServerSettings, Settings
 
 Start = Callable[..., Any]
 ROOT = Path(__file__).parents[2]

@@ -17,8 +17,8 @@ from loadtest.chaos.evidence import Finding, added, errors, logged, lost, recove
 from loadtest.chaos.link import Fault, linked
 from loadtest.chaos.stage import configuration
 from loadtest.chaos.traffic import PATIENCE_S, Message, Receipt, Traffic, recorded
+from serving.configuration import load_settings
 from serving.redis_url import RedisUrl
-from serving.settings import load_settings
 
 ANSWERED = Receipt(
     "req_0", "a", stream=False, began=10.0, ended=10.5, status=200, route="teacher", content="a"

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from loadtest.stack import KEY_VARIABLE, Plan, StackError, configuration, environment, running
-from serving.settings import load_settings
+from serving.configuration import load_settings
 
 
 @pytest.fixture

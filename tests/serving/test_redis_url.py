@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.configuration import load_settings
 from serving.errors import ConfigError
 from serving.redis_url import RedisUrl
-from serving.settings import load_settings
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from serving.configuration import load_settings
 from serving.errors import ConfigError
-from serving.settings import load_settings
 
 
 def written(folder: Path, text: str) -> Path:
