@@ -13,6 +13,8 @@ from typing import Literal
 
 Fault = Literal["slow", "silent", "refused", "garbage", "cut"]
 
+_End = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
 _PIECE = 16 * 1024
 
 
@@ -42,6 +44,7 @@ class Link:
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take on a connection."""
+        self._writers.add(writer)
         task = asyncio.create_task(self._connection(reader, writer))
         self._carried.add(task)
         task.add_done_callback(self._carried.discard)
@@ -51,22 +54,36 @@ class Link:
         for task in list(self._carried):
             task.cancel()
         await asyncio.gather(*self._carried, return_exceptions=True)
+        # What was cancelled before it began, or couldn't say all it had.
+        await self.break_connections()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.fault == "refused":
-            writer.transport.abort()
-            return
-        self._writers.add(writer)
+        ends = [writer]
         try:
-            far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
-        except OSError:
-            writer.transport.abort()
-            self._writers.discard(writer)
-            return
-        self._writers.add(far_writer)
+            if self.fault == "refused":
+                writer.transport.abort()
+                return
+            try:
+                far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
+            except OSError:
+                writer.transport.abort()
+                return
+            ends.append(far_writer)
+            self._writers.add(far_writer)
+            await self._carry_both((reader, writer), (far_reader, far_writer))
+        finally:
+            for end in ends:
+                end.close()
+            for end in ends:
+                with contextlib.suppress(OSError):
+                    await end.wait_closed()
+                self._writers.discard(end)
+
+    async def _carry_both(self, near: _End, far: _End) -> None:
+        """Carry bytes both ways until one end is done."""
         ways = (
-            asyncio.create_task(self._carry(reader, far_writer, answers=False)),
-            asyncio.create_task(self._carry(far_reader, writer, answers=True)),
+            asyncio.create_task(self._carry(near[0], far[1], answers=False)),
+            asyncio.create_task(self._carry(far[0], near[1], answers=True)),
         )
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -74,12 +91,6 @@ class Link:
             for way in ways:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
-            for end in (writer, far_writer):
-                self._writers.discard(end)
-                end.close()
-            for end in (writer, far_writer):
-                with contextlib.suppress(OSError):
-                    await end.wait_closed()
 
     async def _carry(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -117,6 +118,24 @@ def test_a_link_breaks_as_it_is_told(fault: Fault | None, expected: bytes | None
     heard, took = asyncio.run(talk())
     assert heard == expected
     assert (took >= 0.2) == (fault in ("slow", "silent"))
+
+
+def test_a_link_that_ends_leaves_no_connection_open() -> None:
+    """Not even those it had only just accepted, or whose bytes nobody reads: an open one is a warning when collected."""
+
+    async def end_early() -> None:
+        beyond: list[asyncio.StreamWriter] = []
+        behind = await asyncio.start_server(lambda _, writer: beyond.append(writer), "127.0.0.1", 0)
+        async with behind, linked("127.0.0.1", behind.sockets[0].getsockname()[1]) as link:
+            near = [await asyncio.open_connection("127.0.0.1", link.listening) for _ in range(20)]
+            for _, writer in near:
+                writer.write(bytes(1_000_000))
+        for writer in [*beyond, *(writer for _, writer in near)]:
+            writer.transport.abort()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(end_early())
+    gc.collect()
 
 
 def test_the_gateway_reaches_teacher_and_redis_over_the_links_alone(tmp_path: Path) -> None:
