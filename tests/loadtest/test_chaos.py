@@ -121,7 +121,7 @@ def test_a_link_breaks_as_it_is_told(fault: Fault | None, expected: bytes | None
 
 
 def test_a_link_that_ends_leaves_no_connection_open() -> None:
-    """Not even those it had only just accepted, or whose bytes nobody reads: an open one is a warning when collected."""
+    """Not even those just accepted, or whose bytes nobody reads: one that is collected open is a warning."""
 
     async def end_early() -> None:
         beyond: list[asyncio.StreamWriter] = []
