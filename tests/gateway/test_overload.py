@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -150,3 +151,24 @@ def test_places_are_given_back(size: int) -> None:
         assert taken == (1 if size > 1000 else 3)
         for _ in range(taken):
             admission.leave(size)
+
+
+def test_who_has_no_key_takes_up_no_room(stand_in: Start, gateway: Start) -> None:
+    """What is refused is read on for a moment, so that its client sees why; it isn't held meanwhile."""
+    running = gateway(
+        stand_in({}, default="x").url,
+        server={"api_keys": ["right"], "max_held_bytes": 100_000, "max_concurrency": 4},
+    )
+    address = urlsplit(running.url)
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stranger = stack.enter_context(
+                socket.create_connection((address.hostname or "", address.port or 0), timeout=10)
+            )
+            stranger.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer wrong\r\n"
+                b"content-length: 90000\r\n\r\n{"
+            )
+            assert b" 401 " in stranger.recv(65536)
+        answer = running.post(json=body("hello"), headers={"authorization": "Bearer right"}, timeout=20)
+        assert answer.status_code == 200, answer.text
