@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import orjson
@@ -128,6 +129,39 @@ def test_any_body_is_read_or_refused(raw: bytes) -> None:
     except RequestError:
         return
     assert orjson.loads(request.raw) == request.body
+
+
+CROWDED = b'{"model":"m","messages":[{"role":"user","content":"%s"}],"x":[%s]}'
+
+
+@pytest.mark.parametrize(
+    "item", [b"[]", b"{}", b"1", b"1.5", b'"ab"', b'{"role":"u"}', b'",[{"', b'"\\"",{}', b'""']
+)
+def test_a_crowd_of_values_is_refused_before_it_is_made(item: bytes) -> None:
+    """19 MB of `[],` took a gigabyte and, in one piece, nine seconds: four of them, and a worker counted as hung."""
+    raw = CROWDED % (b"x", b",".join([item] * (19_000_000 // (len(item) + 1))))
+    began = time.process_time()
+    with pytest.raises(RequestError, match="more than 100000 values") as refused:
+        ChatRequest.parse(raw)
+    assert refused.value.status == 400
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize("text", [b",", b"[{", b'\\",', b"\\\\,{"])
+def test_text_is_one_value_however_much_of_json_stands_in_it(text: bytes) -> None:
+    raw = CROWDED % (text * 500_000, b"1,2")
+    assert len(ChatRequest.parse(raw).raw) == len(raw)
+    assert ChatRequest.parse(CROWDED % (b"x", b",".join([b"1"] * 99_000))).body["x"] == [1] * 99_000
+
+
+@pytest.mark.parametrize(
+    "raw", [b'""' * 3_000_000 + b"," * 100_000, b"," * 99_999 + b'"' + b'\\",' * 3_000_000]
+)
+def test_what_only_looks_like_texts_takes_no_longer(raw: bytes) -> None:
+    began = time.process_time()
+    with pytest.raises(RequestError, match="isn't valid JSON"):
+        ChatRequest.parse(raw)
+    assert time.process_time() - began < 2
 
 
 def test_texts_of_a_request() -> None:
