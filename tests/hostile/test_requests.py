@@ -312,10 +312,11 @@ def test_any_field_of_an_ordinary_request(sender: Sender) -> None:
         (b'{"model":"m","messages":[{"role":"system","content":"' + b"label " * 480_000 + b'"}]}', 200),
         (
             b'{"model":"m","messages":['
-            + b'{"role":"system","content":"a"},' * 80_000
+            + b'{"role":"system","content":"a"},' * 30_000
             + b'{"role":"user"}]}',
             200,
         ),
+        (b'{"model":"m","messages":[{"role":"user"}],"x":[' + b"[]," * 900_000 + b"[]]}", 400),
         (b'{"model":"m","messages":[{"role":"user"}],"seed":' + b"9" * 2_000_000 + b"}", 400),
         (b'{"model":"m","messages":[{"role":"user"}],"seed":' + b"0." + b"9" * 2_000_000 + b"}", 200),
     ],
