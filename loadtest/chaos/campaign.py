@@ -21,16 +21,24 @@ from loadtest.chaos.evidence import Finding, added, errors, logged, lost, recove
 from loadtest.chaos.faults import FAULTS, Fault
 from loadtest.chaos.stage import Stage, staged
 from loadtest.chaos.traffic import Receipt, Traffic, recorded
-from loadtest.kills import Campaign, run_campaign
+from loadtest.kills import Campaign, Victim, run_campaign
 from serving.errors import UnderstudyError
 from serving.exchange import Exchange
 
 _MESSAGES = 60_000
 _RATE = 60.0
-_CALM_S = 3.0
-_AFTER_S = 3.0
+_CALM_S = 2.5
+_AFTER_S = 2.0
 _PATIENCE_S = 15.0
 _STEADY_S = 2.0
+
+_VICTIMS: tuple[Victim, ...] = (
+    *("worker", "worker", "keeper", "worker", "worker") * 2,
+    *("worker", "supervisor"),
+    *("worker", "worker", "keeper", "worker", "worker") * 2,
+    *("worker", "everything"),
+)
+"""Who is killed in turn: starting a whole gateway again takes seconds, so it is done seldom."""
 
 COLUMNS = ("fault", "requests", "failed", "wrong", "lost", "added p50", "added p99", "recovery")
 
@@ -98,9 +106,10 @@ async def campaign(folder: Path, faults: Sequence[Fault], rate: float, console: 
 
 
 def killed(folder: Path, kills: int, console: Console) -> Finding:
-    """Kill workers, keeper, supervisor and all at once, at random, and hold the log against the clients' ledger."""
+    """Kill workers, keeper, supervisor and all at once, at random moments; hold the log against the clients' ledger."""
     folder.mkdir()
-    came = run_campaign(Campaign(kills=kills), folder, console)
+    plan = Campaign(kills=kills, pause_s=(0.05, 0.4), answers_between=8, victims=_VICTIMS)
+    came = run_campaign(plan, folder, console)
     return Finding(
         fault=f"{kills} × SIGKILL: workers, keeper, supervisor, all",
         requests=came.asked,
