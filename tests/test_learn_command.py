@@ -74,7 +74,8 @@ def test_promote_and_rollback_between_releases(run: Make, publish: Make, tmp_pat
 def test_nothing_there_yet(run: Make, tmp_path: Path) -> None:
     assert run("learn").stdout == "nothing to learn: no task has a log yet\n"
     assert run("tasks").stdout == "no tasks yet: send requests through the gateway first\n"
-    assert orjson.loads(run("learn", "--json").stdout) == orjson.loads(run("tasks", "--json").stdout)
+    assert orjson.loads(run("learn", "--json").stdout) == {"tasks": []}
+    assert orjson.loads(run("tasks", "--json").stdout) == {"tasks": [], "templates": []}
     assert not (tmp_path / "state").exists(), "looking creates nothing"
 
 
