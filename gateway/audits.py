@@ -125,6 +125,9 @@ class Audits:
         while True:
             try:
                 async with self._slots:
+                    if self._is_keepers(exchange, caller):
+                        # It has waited behind so many others that the keeper may be at it by now.
+                        raise _LeftPending
                     reply = await self._teacher.complete(
                         exchange.request,
                         authorization=caller.authorization,

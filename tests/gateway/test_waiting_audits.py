@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from gateway.audits import Audits
+from gateway.auth import Caller
+from gateway.ledger import Ledger
+from gateway.live import LiveReleases
+from gateway.metrics import Metrics
+from gateway.tasks import Tasks
+from serving.exchange import Exchange, StudentAnswer
+from serving.log import EventLog
+from serving.pricing import PriceList
+from serving.settings import Settings
+from serving.teacher import Teacher
+from serving.upstream import Upstream
 
 Start = Callable[..., Any]
 STUDENT = {"parcel lost": "lost", "parcel late": "late", "refund now": "cancel"}
@@ -39,3 +56,49 @@ def test_audits_wait_until_the_teacher_is_back(
         assert running.metric("understudy_tokens_total", task="intents", kind=kind) == sum(
             usage[name] for usage in paid
         )
+
+
+def test_an_audit_that_waited_long_behind_others_is_the_keepers(stand_in: Start, tmp_path: Path) -> None:
+    """Else both would ask, and a queue that is too long for one teacher would be asked twice."""
+    teacher = stand_in({"parcel lost": "lost"}, latency_ms=2000, latency_spread=0.0)
+    settings = Settings(state_dir=tmp_path, teacher={"base_url": f"{teacher.url}/v1"})
+    metrics, prices = Metrics(), PriceList(None)
+    student = StudentAnswer("linear", [{"message": {"content": "lost"}}], None, latency_s=0.0, score=1.0)
+
+    async def run() -> None:
+        upstream = Upstream(settings.teacher.base_url, timeout_s=20.0)
+        event_log = EventLog(tmp_path, settings.log)
+        tasks = Tasks(settings, list)
+        ledger = Ledger(
+            event_log, metrics, prices, student_usd_per_hour=0.1, teacher_model=None, max_wait_s=2.0
+        )
+        audits = Audits(
+            teacher=Teacher(settings.teacher, upstream, None, prices),
+            ledger=ledger,
+            live=LiveReleases(tmp_path, tasks, metrics),
+            tasks=tasks,
+            metrics=metrics,
+            client_keys=False,
+        )
+        for number in range(12):
+            # A minute is the limit: eight are asked about before that, the others would be after it.
+            exchange = Exchange(
+                f"e{number}",
+                "r",
+                time.time() - 58.5,
+                "intents",
+                "t",
+                body("parcel lost"),
+                "student",
+                "confident",
+            )
+            exchange = dataclasses.replace(exchange, student=student, audit="pending")
+            audits.start(exchange, Caller("t"))
+        await audits.aclose(grace_s=None)
+        await ledger.aclose()
+        await event_log.aclose()
+        await upstream.aclose()
+
+    asyncio.run(run())
+    assert teacher.stats()["chat"] == 8
+    assert sum(path.read_bytes().count(b'"audited"') for path in tmp_path.rglob("*.jsonl")) == 8
