@@ -4,7 +4,8 @@ What uvicorn's parser (httptools, on llhttp) refuses by itself: anything whose l
 Content-Length and Transfer-Encoding, several lengths, chunk sizes that aren't hexadecimal), white space before
 a colon, line feeds without a carriage return. What is added here:
 
-- the head of a request is bounded in bytes, in number of fields and in time; a body has to come on (408);
+- the head of a request is bounded in bytes, in number of fields and in time; a body has to come on (408), and an
+  answer to be taken;
 - the trailer fields of a chunked body are dropped, not mixed with the headers that were judged already;
 - a request that is refused before it is whole gets its answer: closing at once would have the system reset
   the connection, and the client would see that instead of a 413 or 401;
@@ -54,7 +55,8 @@ class _Stage(enum.Enum):
 class Door(ServerState):
     """What all connections of a server share.
 
-    `receive_timeout_s`: how long the head of a request may take, and how long its body may dawdle.
+    `receive_timeout_s`: how long the head of a request may take, and how long its body may dawdle. For twice as long
+    a client may take nothing of its answer.
     """
 
     def __init__(self, *, receive_timeout_s: float) -> None:
@@ -98,6 +100,9 @@ class Edge(HttpToolsProtocol):
         self._why: tuple[int, str, str] | None = None
         self._idle_since = self.loop.time()
         self._closes_at = 0.0
+        self._untaken = 0
+        """Bytes of an answer that the client was to take when that was last looked at."""
+        self._taking: asyncio.TimerHandle | None = None
 
     # What the event loop calls
 
@@ -138,6 +143,20 @@ class Edge(HttpToolsProtocol):
         self._rewatch()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+        if self._taking is not None:
+            self._taking.cancel()
+
+    def pause_writing(self) -> None:
+        """Watch a client that is slow to take its answer."""
+        super().pause_writing()
+        self._watch_taking()
+
+    def resume_writing(self) -> None:
+        """Go on writing."""
+        super().resume_writing()
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
 
     # What the parser calls
 
@@ -334,6 +353,17 @@ class Edge(HttpToolsProtocol):
             return
         self._rewatch()
         self._held_up = paused
+
+    def _watch_taking(self) -> None:
+        self._untaken = self.transport.get_write_buffer_size()
+        self._taking = self.loop.call_later(2 * self._door.receive_timeout_s, self._look_at_taking)
+
+    def _look_at_taking(self) -> None:
+        """End a connection whose client takes nothing: it would hold memory and its place at the teacher for ever."""
+        if self.transport.get_write_buffer_size() < self._untaken:
+            self._watch_taking()
+        else:
+            self.transport.abort()
 
 
 class _Lingering:

@@ -24,18 +24,28 @@ CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nhost: gateway\r\n"
 
 
 @pytest.fixture
-def listen(stand_in: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+def workers() -> list[Worker]:
+    """Hold the workers that `listen` runs."""
+    return []
+
+
+@pytest.fixture
+def listen(
+    stand_in: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: list[Worker]
+) -> Iterator[Start]:
     """Run a gateway as `understudy serve` does, in a thread; gives what opens connections to it."""
     monkeypatch.setenv("TEACHER_KEY", "teacher-key")
     opened: list[socket.socket] = []
     running: list[tuple[Worker, threading.Thread]] = []
 
-    def start(*, latency_ms: float = 0, **server: Any) -> Callable[[], socket.socket]:
+    def start(
+        *, latency_ms: float = 0, answer: str = "greeting", **server: Any
+    ) -> Callable[[], socket.socket]:
         settings = Settings(
             state_dir=tmp_path / "state",
             server=ServerSettings(**server),
             teacher=TeacherSettings(
-                base_url=stand_in({"hello": "greeting"}, latency_ms=latency_ms, latency_spread=0).url + "/v1",
+                base_url=stand_in({"hello": answer}, latency_ms=latency_ms, latency_spread=0).url + "/v1",
                 api_key_env="TEACHER_KEY",
             ),
             learning=LearningSettings(interval_s=0),
@@ -46,6 +56,7 @@ def listen(stand_in: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         thread = threading.Thread(target=worker.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         running.append((worker, thread))
+        workers.append(worker)
         deadline = time.monotonic() + 20
         while not worker.started:
             assert time.monotonic() < deadline
@@ -306,3 +317,23 @@ def test_empty_lines_keep_no_connection_open_by_themselves(connect: Start) -> No
     connection.sendall(CHAT + b"connection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(BODY), BODY))
     ((status, _, _),) = answers(everything(connection))
     assert status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(
+    listen: Start, workers: list[Worker], eventually: Start, stream: bool
+) -> None:
+    """Else it holds the answer's memory, a place at the teacher and a connection for as long as it likes."""
+    connect = listen(receive_timeout_s=0.5, answer="word " * (200_000 if stream else 4_000_000))
+    asked = json.dumps({**json.loads(BODY), "stream": stream}).encode()
+    stalled, patient = connect(), connect()
+    for connection in (stalled, patient):
+        connection.sendall(CHAT + b"content-length: %d\r\n\r\n%s" % (len(asked), asked))
+    read = 0
+    while read < 20_000_000:  # slowly, but on and on
+        piece = patient.recv(200_000)
+        read += len(piece)
+        assert piece
+        time.sleep(0.01)
+    patient.close()
+    eventually(lambda: not workers[0].server_state.connections)
