@@ -52,23 +52,13 @@ class TermCounts:
         The student knows only the answers among `answers`, and sees of requests what `sees` says. Takes one core: the
         others are the gateway's, and BLAS threads that have to wait for one spin.
         """
-        with threadpool_limits(1):
-            return self._fit(rows, answers, known, tokens, sees)
-
-    def _fit(
-        self,
-        rows: Ints,
-        answers: Ints,
-        known: Sequence[KnownAnswer],
-        tokens: TokenEstimate,
-        sees: Sees = "message",
-    ) -> LinearStudent:
         word_columns, word_idf, words = _tfidf(self._words[rows])
         character_columns, character_idf, characters = _tfidf(self._characters[rows])
         features = sparse.hstack([words, characters], format="csr", dtype=np.float32) * np.float32(
             np.sqrt(0.5)
         )
-        fitted = _fit(features, answers)
+        with threadpool_limits(1):
+            fitted = _fit(features, answers)
         return LinearStudent(
             vocabulary=[self.word_names[c] for c in word_columns]
             + [self.character_names[c] for c in character_columns],
