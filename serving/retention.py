@@ -47,24 +47,25 @@ def _remove_expired(state_dir: Path, task: str, before: float, disk: Disk) -> in
     expired: list[Path] = []
     for path in segment_paths(state_dir, task):
         with contextlib.suppress(OSError):
-            if path.name in removed.removing:
-                expired.append(path)
-                continue
             if path.with_name(path.name + OPEN_SUFFIX).exists():
                 continue
             digest = digest_of(path)
             # One without a readable event is as old as its file.
             if (digest.newest or path.stat().st_mtime) < before:
                 expired.append(path)
-                audits += digest.audits
-    if not expired:
+                if path.name not in removed.removing:
+                    audits += digest.audits
+    if not expired and not removed.removing:
         return 0
     gone = 0
     with contextlib.suppress(OSError):
-        write_removed(state_dir, task, audits, frozenset(path.name for path in expired), disk)
-        for path in expired:
-            disk.remove(path.with_name(path.name + DIGEST_SUFFIX))
-            disk.remove(path)
-            gone += 1
-        disk.sync_directory(expired[0].parent)
+        if expired:
+            write_removed(state_dir, task, audits, frozenset(path.name for path in expired), disk)
+            for path in expired:
+                disk.remove(path.with_name(path.name + DIGEST_SUFFIX))
+                disk.remove(path)
+                gone += 1
+            disk.sync_directory(expired[0].parent)
+        # They are gone for good: in a container the next process may give their names to new segments.
+        write_removed(state_dir, task, {}, frozenset(), disk)
     return gone

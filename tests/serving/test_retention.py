@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from serving.audit_index import AuditIndex
+from serving.disk import Disk
 from serving.events import answered, encode
 from serving.exchange import Exchange
 from serving.log import EventLog, LogReader
-from serving.removed import read_removed, removing_alone
+from serving.removed import read_removed, removing_alone, write_removed
 from serving.retention import oldest_open_s, remove_expired
 from serving.settings import LogSettings
 
@@ -61,6 +62,35 @@ def test_a_segment_goes_when_its_newest_event_is_too_old(tmp_path: Path) -> None
     assert remove_expired(tmp_path, 30, now=NOW + 11 * DAY) == 1
     assert AuditIndex(tmp_path).accepted("t", "r0001") == 5
     assert ids(tmp_path) == ["open"]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_new_segment_may_have_the_name_of_one_that_was_removed(tmp_path: Path, interrupted: bool) -> None:
+    """In a container the next process has the number of the last one, and counts its segments from 1 again."""
+
+    async def append(made: Exchange) -> None:
+        log = EventLog(tmp_path, LogSettings())
+        await log.append("t", answered(made))
+        await log.aclose()
+
+    def write(made: Exchange) -> list[str]:
+        asyncio.run(append(made))
+        return [path.name for path in tmp_path.rglob("*.jsonl")]
+
+    (name,) = write(exchange("old", 40))
+    if interrupted:  # after the file was removed
+        write_removed(tmp_path, "t", {"r0001": 1}, frozenset([name]), Disk())
+        next(tmp_path.rglob(name)).unlink()
+    else:
+        assert remove_expired(tmp_path, 30, now=NOW) == 1
+    assert write(exchange("new", 1)) == [name]
+    assert remove_expired(tmp_path, 30, now=NOW) == 0
+    assert ids(tmp_path) == ["new"]
+    index = AuditIndex(tmp_path)
+    assert index.accepted("t", "r0001") == 2
+    assert [exchange.id for exchange in index.owed("t")] == ["new"]
+    assert remove_expired(tmp_path, 30, now=NOW + 30 * DAY) == 1
+    assert AuditIndex(tmp_path).accepted("t", "r0001") == 2
 
 
 def test_nothing_is_removed_while_somebody_else_removes(tmp_path: Path) -> None:
