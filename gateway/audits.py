@@ -22,7 +22,7 @@ from serving.errors import UpstreamError, UpstreamRefused, UpstreamUnavailable
 from serving.exchange import Exchange, TeacherAnswer
 from serving.slots import UpstreamBusy
 from serving.teacher import Teacher
-from serving.upstream import NothingSent
+from serving.upstream import Headers, NothingSent
 
 log = logging.getLogger("understudy.audits")
 
@@ -67,11 +67,15 @@ class Audits:
         self._slots = asyncio.Semaphore(_CONCURRENCY)
         self._running: dict[str, asyncio.Task[None]] = {}
 
-    def start(self, exchange: Exchange, caller: Caller) -> None:
-        """Audit one exchange in the background. With too many waiting it is left to the keeper."""
+    def start(self, exchange: Exchange, caller: Caller, headers: Headers = ()) -> None:
+        """Audit one exchange in the background. With too many waiting it is left to the keeper.
+
+        `headers` are the client's (lower-case names): they choose among accounts of the teacher's. The log doesn't
+        hold them, so that the keeper asks without.
+        """
         if exchange.id in self._running or len(self._running) >= _MOST_WAITING:
             return
-        task = asyncio.get_running_loop().create_task(self._audit(exchange, caller))
+        task = asyncio.get_running_loop().create_task(self._audit(exchange, caller, headers))
         self._running[exchange.id] = task
         task.add_done_callback(lambda _: self._running.pop(exchange.id, None))
 
@@ -104,9 +108,9 @@ class Audits:
             await asyncio.wait(unfinished)
             log.info("%d audits stay pending for the next start", len(unfinished))
 
-    async def _audit(self, exchange: Exchange, caller: Caller) -> None:
+    async def _audit(self, exchange: Exchange, caller: Caller, headers: Headers) -> None:
         try:
-            answer = await self._ask(exchange, caller)
+            answer = await self._ask(exchange, caller, headers)
         except _LeftPending:
             return
         except Exception:
@@ -114,7 +118,7 @@ class Audits:
             answer = None
         self._finish(exchange, answer)
 
-    async def _ask(self, exchange: Exchange, caller: Caller) -> TeacherAnswer | None:
+    async def _ask(self, exchange: Exchange, caller: Caller, headers: Headers) -> TeacherAnswer | None:
         """Return the teacher's answer, or None when it can't be had.
 
         A teacher that isn't there is waited for; one that was asked and failed is asked a few times.
@@ -132,6 +136,7 @@ class Audits:
                         exchange.request,
                         authorization=caller.authorization,
                         request_id=exchange.request_id,
+                        headers=headers,
                         background=True,
                     )
                 return reply.answer

@@ -91,7 +91,7 @@ class Presenter:
         if not delivered:
             self._ledger.cancelled(turn)
         elif turn.logged and turn.audit() == "pending":
-            self._audits.start(turn.exchange(), turn.arrival.caller)
+            self._audits.start(turn.exchange(), turn.arrival.caller, turn.arrival.headers)
 
 
 def cut(turn: Turn, completion: Json) -> bytes:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from gateway.audits import Audits
 from gateway.auth import Caller
 from gateway.ledger import Ledger
@@ -56,6 +58,35 @@ def test_audits_wait_until_the_teacher_is_back(
         assert running.metric("understudy_tokens_total", task="intents", kind=kind) == sum(
             usage[name] for usage in paid
         )
+
+
+def test_an_audit_asks_the_account_that_its_client_asks(
+    serve: Start, gateway: Start, publish: Start, tmp_path: Path, eventually: Start
+) -> None:
+    """Any other may not have the model, or not pay for it: every audit would count as a disagreement."""
+    heard: list[dict[bytes, bytes]] = []
+
+    async def teacher(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        while (await receive()).get("more_body"):
+            pass
+        heard.append(dict(scope["headers"]))
+        known = heard[-1].get(b"openai-project") == b"ours"
+        choice = {"index": 0, "message": {"role": "assistant", "content": "lost"}, "finish_reason": "stop"}
+        said = {"choices": [choice]} if known else {"error": {"message": "no such project"}}
+        head = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200 if known else 403, "headers": head})
+        await send({"type": "http.response.body", "body": orjson.dumps(said)})
+
+    publish(tmp_path / "state", "intents", STUDENT)
+    task = {"name": "intents", "match": {"model": "intents"}, "audit_rate": 1.0}
+    running = gateway(serve(teacher, lifespan="off"), task=[task])
+    answer = running.post(json=body("parcel lost"), headers={"openai-project": "ours", "cookie": "c"})
+    assert answer.headers["x-understudy-route"] == "student"
+    eventually(lambda: running.metric("understudy_audits_total") == 1)
+    assert running.metric("understudy_audits_total", outcome="agreed") == 1
+    assert b"cookie" not in heard[0]
 
 
 def test_an_audit_that_waited_long_behind_others_is_the_keepers(stand_in: Start, tmp_path: Path) -> None:
