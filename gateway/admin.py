@@ -76,11 +76,14 @@ def create_admin(
     return app
 
 
+_NOTHING_THERE = "there is nothing at this path: the API is under /v1/, so a client's base_url ends in /v1"
+
+
 async def _http_error(_: Request, error: Exception) -> Response:
     """Put the framework's own errors (404, 405, …) into the envelope."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    said = {404: "there is nothing at this path", 405: "this path doesn't take this method"}
+    said = {404: _NOTHING_THERE, 405: "this path doesn't take this method"}
     message = said.get(status, str(error.detail) if isinstance(error, HTTPException) else "")
     refusal = refuse(status, message, kind="invalid_request_error")
     return Response(refusal.body, status, headers={**headers, "content-type": "application/json"})

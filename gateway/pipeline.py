@@ -177,6 +177,8 @@ class Pipeline:
     def _refuse(self, turn: Turn, error: UnderstudyError) -> Reply:
         if isinstance(error, UpstreamBusy):
             turn.reason = names.REASON_OVERLOADED
+        elif isinstance(error, RequestError):
+            turn.reason = names.REASON_REFUSED
         refusal = refusal_of(error)
         self._ledger.close_books(turn, refusal.status)
         return refused(refusal, turn.headers())

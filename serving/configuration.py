@@ -24,6 +24,15 @@ from serving.settings import ENV_PREFIX, Settings
 
 DEFAULT_FILE = Path("understudy.toml")
 
+_KEYS_PLACE = "the key itself stands in the environment only, in the variable that teacher.api_key_env names (OPENAI_API_KEY)"
+_WORDS = {
+    "list_type": 'should be a list, such as ["one", "two"]',
+    "int_parsing": "should be a whole number",
+    "float_parsing": "should be a number",
+    "bool_parsing": "should be true or false",
+}
+"""What pydantic says of its parser, in words about the value."""
+
 
 def load_settings(path: Path | None = None) -> Settings:
     """Read the configuration file and the environment, which wins.
@@ -31,15 +40,15 @@ def load_settings(path: Path | None = None) -> Settings:
     `path` None means `understudy.toml` in the working directory if there is one, else the defaults. Raises
     ConfigError, whose message names everything that is wrong and never holds a secret.
     """
-    return _validated(_read_toml(path))
-
-
-def _read_toml(path: Path | None) -> dict[str, Any]:
     file = DEFAULT_FILE if path is None else path
+    return _validated(_read_toml(file, required=path is not None), file)
+
+
+def _read_toml(file: Path, *, required: bool) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if path is None:
+        if not required:
             return {}
         raise ConfigError(f"there is no configuration file {file}") from None
     except OSError as error:
@@ -50,13 +59,17 @@ def _read_toml(path: Path | None) -> dict[str, Any]:
         raise ConfigError(f"the configuration file {file} isn't TOML: {error}") from None
 
 
-def _validated(data: dict[str, Any]) -> Settings:
-    """Check `data` and the environment together, or raise ConfigError."""
+def _validated(data: dict[str, Any], file: Path) -> Settings:
+    """Check `data`, read from `file`, and the environment together, or raise ConfigError."""
     lines = _unknown_variables()
     try:
         settings = Settings(**data)
     except ValidationError as error:
-        lines += [_explain(item) for item in error.errors(include_url=False, include_context=False)]
+        wrong = error.errors(include_url=False, include_context=False)
+        lines += [_explain(item) for item in wrong if _variable(item["loc"])]
+        written = [_explain(item) for item in wrong if not _variable(item["loc"])]
+        if written:
+            lines.append(f"{file}: {'; '.join(written)}" if data else "; ".join(written))
     except SettingsError:
         lines += _undecodable_variables()
     if lines:
@@ -70,6 +83,8 @@ def _explain(error: ErrorDetails) -> str:
     key = _dotted(loc)
     origin = _variable(loc)
     where = f"{key} (from {origin})" if origin else key
+    if tuple(loc) == ("teacher", "api_key"):
+        return "unknown key teacher.api_key: " + _KEYS_PLACE
     if error["type"] == "extra_forbidden":
         known = _known_keys(loc[:-1])
         near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
@@ -82,7 +97,9 @@ def _explain(error: ErrorDetails) -> str:
         return f"unknown key {where}: {hint}"
     if error["type"] == "missing":
         return f"{where} is missing"
-    message = error["msg"].removeprefix("Value error, ")
+    if tuple(loc) == ("task",) and error["type"] == "list_type":
+        return "task is a list: write [[task]], in two pairs of brackets, for each task"
+    message = _WORDS.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{where} = {_shown(loc, error['input'])}: {message}"
 
@@ -120,7 +137,10 @@ def _known_keys(loc: Sequence[int | str]) -> list[str]:
     model: type[BaseModel] = Settings
     for part in loc:
         if isinstance(part, str):
-            model = _section(model.model_fields[part].annotation) or model
+            section = _section(model.model_fields[part].annotation)
+            if section is None:
+                return []
+            model = section
     return list(model.model_fields)
 
 
@@ -138,12 +158,15 @@ def _unknown_variables() -> list[str]:
     """
     lines = []
     sections = list(Settings.model_fields)
-    for name in sorted(os.environ):
+    for name, value in sorted(os.environ.items()):
         if not name.upper().startswith(ENV_PREFIX):
             continue
         first, nested, rest = name[len(ENV_PREFIX) :].lower().partition("__")
         near = difflib.get_close_matches(first, sections, n=1, cutoff=0.5 if nested else 0.8)
-        if first not in sections and (nested or near):
+        meant = None if nested else _with_two_underscores(first, value)
+        if meant is not None:
+            lines.append(f"unknown environment variable {name}: did you mean {meant}?")
+        elif first not in sections and (nested or near):
             hint = (
                 f"did you mean {ENV_PREFIX}{near[0].upper()}{nested}{rest.upper()}?"
                 if near
@@ -151,6 +174,20 @@ def _unknown_variables() -> list[str]:
             )
             lines.append(f"unknown environment variable {name}: {hint}")
     return lines
+
+
+def _with_two_underscores(rest: str, value: str) -> str | None:
+    """Name the variable that `UNDERSTUDY_<rest>` was meant to be if one underscore parts section and key.
+
+    Kubernetes sets such variables for services (`UNDERSTUDY_SERVER_PORT=tcp://10.0.0.1:80`): not meant for us.
+    """
+    if value.startswith(("tcp://", "udp://")):
+        return None
+    for section in Settings.model_fields:
+        key = rest.removeprefix(f"{section}_")
+        if key != rest and key in _known_keys((section,)):
+            return f"{ENV_PREFIX}{section}__{key}".upper()
+    return None
 
 
 def _undecodable_variables() -> list[str]:

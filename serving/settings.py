@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -32,7 +33,14 @@ from it."""
 
 _OTLP_ENDPOINTS = {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"}
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
+        raise ValueError("should be 1 to 64 of a-z 0-9 . _ - and begin with a letter or a digit")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
 
 
 class Section(BaseModel):
@@ -117,14 +125,12 @@ class Price(Section):
 class TeacherSettings(Section):
     """The expensive model: any OpenAI-compatible base URL."""
 
-    base_url: str = Field("https://api.openai.com/v1", pattern=r"^https?://")
+    base_url: str = "https://api.openai.com/v1"
     model: str | None = Field(
         None, description="sent instead of the client's model; absent: the client's own"
     )
     api_key_env: str = Field(
-        "OPENAI_API_KEY",
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-        description="the environment variable that holds the teacher's key",
+        "OPENAI_API_KEY", description="the environment variable that holds the teacher's key"
     )
     trainable: bool = Field(False, description="whether the provider's terms let you train on its answers")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one request, retries included")
@@ -138,6 +144,23 @@ class TeacherSettings(Section):
         1000, ge=1, description="requests at the teacher at once, in each worker; more wait for 5 s, then 429"
     )
     price: Price | None = Field(None, description="overrides the price list of genai-prices")
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_a_url(cls, value: str) -> str:
+        if not re.match(r"https?://[^/?#]", value):
+            raise ValueError("should begin with http:// or https://, then name a host")
+        return value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_the_name_of_a_variable(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+            raise ValueError(
+                "should be the name of the environment variable that holds the key, such as OPENAI_API_KEY, "
+                "not the key itself"
+            )
+        return value
 
 
 class StudentSettings(Section):

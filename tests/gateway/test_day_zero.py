@@ -177,6 +177,7 @@ def test_forcing_a_route(stand_in: Start, gateway: Start) -> None:
     refused = running.post(json=body("money back"), headers={"x-understudy-route": "student"})
     assert refused.status_code == 400
     assert "no live release" in refused.json()["error"]["message"]
+    assert refused.headers["x-understudy-reason"] == "refused", "nobody was asked"
     nonsense = running.post(json=body("money back"), headers={"x-understudy-route": "both"})
     assert nonsense.status_code == 400
     assert nonsense.json()["error"]["param"] == "x-understudy-route"

@@ -109,7 +109,7 @@ def test_what_is_wrong_is_named_with_what_to_do_and_without_secrets(
 def test_what_cant_be_read_or_reached_is_said(doctor: Start, tmp_path: Path) -> None:
     code, out, err = doctor("[server]\nprot = 1\n")
     assert (code, out) == (2, "")
-    assert err == "understudy: unknown key server.prot: did you mean server.port?\n"
+    assert err == "understudy: understudy.toml: unknown key server.prot: did you mean server.port?\n"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     (tmp_path / "here").write_text("")

@@ -72,6 +72,8 @@ def test_a_huge_body_is_refused_before_and_while_it_is_read(stand_in: Start, gat
 def test_the_frameworks_own_errors_are_in_the_envelope(stand_in: Start, gateway: Start) -> None:
     running = gateway(stand_in(ANSWERS).url)
     envelope(running.get("/nowhere"), 404)
+    forgot_v1 = envelope(running.request("POST", "/chat/completions", json=body("x")), 404)
+    assert "base_url ends in /v1" in forgot_v1["message"]
     envelope(running.post("/healthz"), 405)
     envelope(running.get("/v1/a/../../stats"), 404)
     envelope(running.get("/v1/%2e%2e/stats"), 404)

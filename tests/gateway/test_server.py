@@ -202,7 +202,7 @@ def test_what_is_wrong_is_said_in_one_line(run: Start) -> None:
     out, err = child.communicate(timeout=30)
     assert child.returncode == 2
     assert out == ""
-    assert err == "understudy: unknown key server.prot: did you mean server.port?\n"
+    assert err == "understudy: understudy.toml: unknown key server.prot: did you mean server.port?\n"
 
 
 def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:

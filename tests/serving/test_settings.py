@@ -83,11 +83,11 @@ def test_an_unknown_key_is_named_in_full_with_the_nearest_right_one(
     ("text", "key", "value", "allowed"),
     [
         ("[server]\nport = 99999\n", "server.port", "99999", "less than or equal to 65535"),
-        ("[server]\nworkers = 'many'\n", "server.workers", "'many'", "valid integer"),
+        ("[server]\nworkers = 'many'\n", "server.workers", "'many'", "whole number"),
         ("[log]\ndurability = 'sometimes'\n", "log.durability", "'sometimes'", "'fsync' or 'relaxed'"),
-        ("[teacher]\nbase_url = 'api.example'\n", "teacher.base_url", "'api.example'", "https?://"),
+        ("[teacher]\nbase_url = 'api.example'\n", "teacher.base_url", "'api.example'", "http:// or https://"),
         ("[task_defaults]\nmax_disagreement = 0\n", "task_defaults.max_disagreement", "0", "greater than 0"),
-        ("[[task]]\nname = 'Big Task'\n", "task[0].name", "'Big Task'", "pattern"),
+        ("[[task]]\nname = 'Big Task'\n", "task[0].name", "'Big Task'", "a-z 0-9"),
         ("[[task]]\nname = 'other'\n", "task", "'other'", "a name of our own"),
         (
             "[[task]]\nname = 'a'\nmatch = {system = '('}\n",
@@ -102,7 +102,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(
     tmp_path: Path, text: str, key: str, value: str, allowed: str
 ) -> None:
     message = complaint(tmp_path, text)
-    assert message.startswith(f"{key} = ")
+    assert message.startswith(f"{tmp_path / 'understudy.toml'}: {key} = ")
     assert value in message
     assert allowed in message
 
@@ -114,7 +114,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
-    assert complaint(tmp_path, "[[task]]\nmatch = {model = 'x'}\n") == "task[0].name is missing"
+    assert complaint(tmp_path, "[[task]]\nmatch = {model = 'x'}\n").endswith(": task[0].name is missing")
 
 
 def test_a_syntax_error_says_the_line(tmp_path: Path) -> None:
@@ -215,6 +215,53 @@ def test_a_teachers_key_that_cant_be_sent_is_refused(
 )
 def test_a_key_of_our_own_that_nobody_could_use_is_refused(tmp_path: Path, keys: str, what: str) -> None:
     said = complaint(tmp_path, f"[server]\napi_keys = {keys}\n")
-    assert said.startswith("server.api_keys = (hidden): ")
+    assert ": server.api_keys = (hidden): " in said
     assert what in said
     assert "secret" not in said
+
+
+def test_a_section_and_its_key_are_parted_by_two_underscores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNDERSTUDY_TASK_DEFAULTS_CERTAINTY", "0.95")
+    message = complaint(tmp_path, "")
+    assert message == (
+        "unknown environment variable UNDERSTUDY_TASK_DEFAULTS_CERTAINTY: "
+        "did you mean UNDERSTUDY_TASK_DEFAULTS__CERTAINTY?"
+    )
+
+
+def test_what_kubernetes_sets_for_a_service_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (
+        ("UNDERSTUDY_SERVICE_HOST", "10.0.0.1"),
+        ("UNDERSTUDY_PORT", "tcp://10.0.0.1:80"),
+        ("UNDERSTUDY_SERVER_PORT", "tcp://10.0.0.2:80"),
+        ("UNDERSTUDY_SERVER_PORT_80_TCP_ADDR", "10.0.0.2"),
+    ):
+        monkeypatch.setenv(name, value)
+    assert load_settings(written(tmp_path, "")).server.port == 8080
+
+
+def test_each_mistake_is_said_to_be_where_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNDERSTUDY_SERVER__PORT", "many")
+    message = complaint(tmp_path, "[server]\nprt = 1\n")
+    assert message == (
+        "server.port (from UNDERSTUDY_SERVER__PORT) = 'many': should be a whole number; "
+        f"{tmp_path / 'understudy.toml'}: unknown key server.prt: did you mean server.port?"
+    )
+
+
+@pytest.mark.parametrize("text", ["[teacher]\napi_key = 'sk-1'\n", "[teacher]\napi_key_env = 'sk-1'\n"])
+def test_who_writes_the_key_into_the_file_is_told_where_it_belongs(tmp_path: Path, text: str) -> None:
+    message = complaint(tmp_path, text)
+    assert "environment" in message
+    assert "the key itself" in message
+    assert "sk-1" not in message
+
+
+def test_one_pair_of_brackets_is_not_enough_for_a_task(tmp_path: Path) -> None:
+    assert "write [[task]]" in complaint(tmp_path, "[task]\nname = 'a'\n")
