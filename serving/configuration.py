@@ -24,7 +24,7 @@ from serving.settings import ENV_PREFIX, Settings
 
 DEFAULT_FILE = Path("understudy.toml")
 
-_KEYS_PLACE = "the key itself stands in the environment only, in the variable that teacher.api_key_env names (OPENAI_API_KEY)"
+_KEYS_PLACE = "the key itself comes from the environment only: teacher.api_key_env names the variable"
 _WORDS = {
     "list_type": 'should be a list, such as ["one", "two"]',
     "int_parsing": "should be a whole number",
