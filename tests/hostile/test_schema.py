@@ -50,4 +50,5 @@ def test_the_gateway_keeps_to_its_schema(
 
         holds()
     if operation == CHAT:
-        assert statuses[200] > 0
+        # Of what is wrong somewhere, chance may leave nothing that can be answered all the same.
+        assert statuses[200 if mode is GenerationMode.POSITIVE else 400] > 0
