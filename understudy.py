@@ -84,7 +84,7 @@ def serve(
     run_gateway(settings, config_path=config, reread=read)
 
 
-@app.command("stand-in")
+@app.command("stand-in", short_help="Answer chat completions from a recording, as a teacher.")
 def stand_in(
     file: Annotated[Path, typer.Argument(help="The recording: CSV or JSONL with columns text and teacher.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -141,7 +141,7 @@ def stand_in(
     )
 
 
-@app.command()
+@app.command(short_help="Send a recording through a gateway as real requests.")
 def replay(
     file: Annotated[Path, typer.Argument(help="The recording: CSV or JSONL with columns text and teacher.")],
     base_url: Annotated[
@@ -236,7 +236,7 @@ _Config = Annotated[
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-@app.command()
+@app.command(short_help="List the tasks in the traffic: which are worth a student?")
 def tasks(config: _Config = None, json: _AsJson = False) -> None:
     """List the tasks found in the traffic: volume, answers, spend, and whether a student looks worth it.
 
@@ -260,7 +260,7 @@ def tasks(config: _Config = None, json: _AsJson = False) -> None:
         print_tasks(summaries, templates, prompts.named)
 
 
-@app.command()
+@app.command(short_help="Train the next student; release it if it keeps the promise.")
 def learn(
     config: _Config = None,
     task: Annotated[
@@ -282,7 +282,7 @@ def learn(
         print_lessons(lessons)
 
 
-@app.command()
+@app.command(short_help="Make a release live.")
 def promote(
     task: Annotated[str, typer.Argument(help="The task.")],
     release: Annotated[str, typer.Argument(help="The release to make live, as r0001.")],
@@ -297,7 +297,7 @@ def promote(
     print_live(task, ReleaseStore(load_settings(config).state_dir).set_live(task, release), json)
 
 
-@app.command()
+@app.command(short_help="Go back to the release before, or to the teacher alone.")
 def rollback(
     task: Annotated[str, typer.Argument(help="The task.")],
     config: _Config = None,
@@ -311,7 +311,7 @@ def rollback(
     print_live(task, ReleaseStore(load_settings(config).state_dir).rollback(task), json)
 
 
-@app.command()
+@app.command(short_help="Erase somebody's exchanges from the log.")
 def forget(
     tenant: Annotated[
         str | None, typer.Option(help="Whose: a tenant as the log names it, 16 hex digits or `anonymous`.")
@@ -369,7 +369,7 @@ def forget(
     raise typer.Exit(1 if erasure.left else 0)
 
 
-@app.command()
+@app.command(short_help="Check the configuration against teacher, Redis and disk.")
 def doctor(
     config: _Config = None,
     ask: Annotated[
@@ -378,12 +378,12 @@ def doctor(
     json: _AsJson = False,
 ) -> None:
     """Check the configuration against the real teacher, Redis and disk, and say what to mend."""
-    from serving.configuration import load_settings
+    from serving.configuration import DEFAULT_FILE, load_settings
 
     settings = load_settings(config)
     from gateway.doctor import examine, is_fit, print_findings
 
-    findings = examine(settings, ask=ask)
+    findings = examine(settings, file=config or DEFAULT_FILE, ask=ask)
     print_findings(findings, as_json=json)
     raise typer.Exit(0 if is_fit(findings) else 1)
 

@@ -21,6 +21,8 @@ from serving.exchange import Json
 from serving.forgetting import Erasure
 from serving.releases import Live
 
+_PRICE = "set teacher.price, and those to come will be in `spent`"
+
 
 @contextmanager
 def progress_line(quiet: bool) -> Iterator[Callable[[str], None]]:
@@ -106,7 +108,7 @@ def print_tasks(
     templates: Sequence[Template] = (),
     named: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
-    """The tasks as a table, and the templates with their rules.
+    """The tasks as a table, whether each is worth a student, and the templates with their rules.
 
     Tasks that hold nothing but a template are shown as its row. Those that hold only requests that a rule has named
     since (`named`, by task) are counted below.
@@ -114,15 +116,16 @@ def print_tasks(
     if not summaries:
         print("no tasks yet: send requests through the gateway first")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")  # it fits into 80 columns
     table.add_column("task", no_wrap=True)
-    for name in ("requests", "by student", "answers", "spent", "per teacher call"):
-        table.add_column(name, justify="right")
-    table.add_column("live")
-    table.add_column("sees")
-    table.add_column("worth a student?")
+    for name in ("requests", "by\nstudent", "answers", "spent", "teacher,\na call"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("live", no_wrap=True)
+    table.add_column("sees", no_wrap=True)
+    outlooks = []
     for template in templates:
         _add_template(table, template)
+        outlooks.append((template.name, _outlook_of(template)))
     filled = Counter[str](named)
     for template in templates:
         filled.update(template.tasks)
@@ -139,9 +142,16 @@ def print_tasks(
             f"${each:.6f}" if each is not None else "no price",
             summary.release or "–",
             summary.sees,
-            summary.outlook,
         )
+        outlooks.append((summary.task, summary.outlook))
+        if summary.unpriced:
+            outlooks.append(
+                (summary.task, f"{summary.unpriced:,} answers of the teacher have no price: {_PRICE}")
+            )
     Console().print(table)
+    print("\nWorth a student?")
+    for task, outlook in outlooks:
+        print(f"  {task}: {outlook}")
     gone = [one for one in summaries if one not in shown and named.get(one.task)]
     if gone:
         requests = sum(named[one.task] for one in gone)
@@ -164,8 +174,11 @@ def _add_template(table: Table, template: Template) -> None:
         f"${each:.6f}",
         "–",
         "–",
-        f"no task: {template.prompts:,} prompts in {len(template.tasks):,} tasks look like one template, see below",
     )
+
+
+def _outlook_of(template: Template) -> str:
+    return f"no task: {template.prompts:,} prompts in {len(template.tasks):,} tasks look like one template, see below"
 
 
 def _print_rule(template: Template) -> None:

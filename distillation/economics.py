@@ -26,9 +26,9 @@ class TaskSummary:
     """One line of `understudy tasks`.
 
     `cost_usd` is what was spent: audits, rejected student answers and answers whose clients left are included.
-    `teacher_cost_usd` is what one teacher answer costs on average (None: no price is known), `unseen` the chance that
-    the next answer is new. `outlook` says in words whether a student looks worth it, and why; `sees` what of a
-    request the next student will see.
+    `teacher_cost_usd` is what one teacher answer costs on average (None: no price is known), `unpriced` how many of
+    them have no price, `unseen` the chance that the next answer is new. `outlook` says in words whether a student
+    looks worth it, and why; `sees` what of a request the next student will see.
     """
 
     task: str
@@ -42,6 +42,7 @@ class TaskSummary:
     release: str | None
     outlook: str
     damaged_lines: int
+    unpriced: int = 0
     sees: Sees = "message"
 
     def to_json(self) -> Json:
@@ -69,7 +70,7 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
     prices = [
         e.teacher.cost_usd
         for e in read.exchanges
-        if e.teacher is not None and e.teacher.cost_usd is not None and not (e.replayed and not e.by_student)
+        if e.teacher is not None and e.teacher.cost_usd is not None and _paid_for(e)
     ]
     try:
         live = ReleaseStore(settings.state_dir).live(task)
@@ -87,8 +88,16 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
         release=live.release if live is not None else None,
         outlook=_outlook(settings, task, policy, dataset),
         damaged_lines=read.damaged,
+        unpriced=sum(
+            _paid_for(e) and e.teacher.cost_usd is None for e in read.exchanges if e.teacher is not None
+        ),
         sees=policy.student.sees,
     )
+
+
+def _paid_for(exchange: Exchange) -> bool:
+    """Whether its teacher's answer was paid for by itself: a replayed one was by the request it was first given to."""
+    return not (exchange.replayed and not exchange.by_student)
 
 
 def _cost(exchange: Exchange) -> float:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 
 import orjson
 
-from gateway.doctor_local import check_configuration, check_disk, check_machine
+from gateway.doctor_local import check_configuration, check_disk, check_machine, check_sources
 from gateway.doctor_remote import check_redis, check_teacher
 from gateway.finding import Finding, Verdict
 from serving.settings import Settings
@@ -23,9 +24,13 @@ _MARKS: dict[Verdict, tuple[str, str]] = {
 }
 
 
-def examine(settings: Settings, *, ask: bool) -> list[Finding]:
-    """Run all checks. `ask`: also ask the teacher for one token, which costs what it costs."""
-    findings = check_configuration(settings)
+def examine(settings: Settings, *, file: Path, ask: bool) -> list[Finding]:
+    """Run all checks.
+
+    `file`: where the settings were read from. `ask`: also ask the teacher for one token, which costs what it costs.
+    """
+    findings = check_sources(file)
+    findings += check_configuration(settings)
     findings += check_machine(settings)
     findings += check_disk(settings.state_dir)
     findings += asyncio.run(_remote(settings, ask=ask))

@@ -18,7 +18,7 @@ from gateway.parts import tracing_of
 from gateway.server import is_exposed
 from serving.disk import Disk
 from serving.errors import ConfigError
-from serving.settings import Settings
+from serving.settings import ENV_PREFIX, Settings
 
 _SYNCS = 20
 _SLOW_SYNC_S = 0.02
@@ -27,6 +27,14 @@ _FILES_BESIDE = 512
 """Descriptors for segments, Redis and everything else that isn't a connection of a client or to the teacher."""
 _REMOTE = ("nfs", "cifs", "smb", "9p", "fuse.", "ceph", "glusterfs", "afs")
 _FLEETING = ("tmpfs", "ramfs", "overlay")
+
+
+def check_sources(file: Path) -> list[Finding]:
+    """Say what was read: a forgotten file or variable explains much."""
+    variables = ", ".join(sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX)))
+    beside = f"; over it go {variables}" if variables else ""
+    where = f"read from {file}" if file.is_file() else f"there is no {file}: every key has its default"
+    return [Finding("file", "ok", where + beside)]
 
 
 def check_configuration(settings: Settings) -> list[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import socket
 import ssl
@@ -78,20 +79,34 @@ async def _check_way(base_url: str, upstream: Upstream) -> list[Finding]:
         # The system's own certificates don't do; the gateway knows others too, and says so when it asks.
         return []
     except (OSError, TimeoutError) as error:
-        why = (error.strerror or type(error).__name__).lower() if isinstance(error, OSError) else "no answer"
         return [
             Finding(
                 "teacher",
                 "problem",
-                f"no connection to {upstream.place}: {why}",
+                f"no connection to {upstream.place}: {_why(error)}",
                 "correct teacher.base_url, or the network (firewall, HTTPS_PROXY)",
             )
         ]
     said = (
-        f"{upstream.place}: {len({each[4][0] for each in addresses})} addresses in "
+        f"{upstream.place}: {_count(len({each[4][0] for each in addresses}), 'address', 'es')} in "
         f"{(resolved - began) * 1000:.0f} ms, connected in {(time.perf_counter() - resolved) * 1000:.0f} ms"
     )
     return [Finding("teacher", "ok", said)]
+
+
+def _why(error: OSError | TimeoutError) -> str:
+    """Say in words why there is no connection: asyncio's own repeat the address, OpenSSL's name its source file."""
+    if isinstance(error, ssl.SSLError):
+        if error.reason == "WRONG_VERSION_NUMBER":
+            return "it doesn't speak TLS; is it http:// there?"
+        return f"TLS failed ({(error.reason or 'unknown').lower().replace('_', ' ')})"
+    if isinstance(error, TimeoutError):
+        return f"no answer within {_PATIENCE_S:g} s"
+    return os.strerror(error.errno).lower() if error.errno else "all its addresses failed"
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 async def _check_models(settings: Settings, upstream: Upstream, key: SecretStr | None) -> list[Finding]:
@@ -140,9 +155,9 @@ def _check_model(settings: Settings, body: bytes, took: str) -> Finding:
         return Finding("teacher", "warning", said, "see whether teacher.base_url is the API's, ending in /v1")
     wanted = settings.teacher.model
     if wanted is not None and wanted not in models:
-        said = f"doesn't list teacher.model = {wanted!r} among its {len(models)} models"
+        said = f"doesn't list teacher.model = {wanted!r} among its {_count(len(models), 'model')}"
         return Finding("teacher", "warning", said, "correct the name, unless it is an alias; try --ask")
-    return Finding("teacher", "ok", f"accepts us and lists {len(models)} models ({took})")
+    return Finding("teacher", "ok", f"accepts us and lists {_count(len(models), 'model')} ({took})")
 
 
 def _check_clock(response: UpstreamResponse) -> list[Finding]:

@@ -6,7 +6,9 @@ Nothing here is retried: whoever calls decides what a failure means.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import socket
 import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -228,12 +230,22 @@ def _why(error: Exception) -> str:
         case errors.RedisClusterException():
             return "there is no cluster that answers for every key"
         case errors.ResponseError():
+            if "DB index is out of range" in str(error):
+                return "it has no database of the number in cache.url"
             return f"it answers with the error {_code(error)}"
         case errors.ConnectionError() | OSError():
-            known = isinstance(cause, OSError) and cause.strerror
-            return f"no connection: {known}" if known else "no connection"
+            return _connection(cause)
         case _:
             return f"its answers make no sense ({type(error).__name__})"
+
+
+def _connection(cause: BaseException | None) -> str:
+    """Say why there is no connection, without the address: asyncio repeats it in its own words."""
+    if isinstance(cause, socket.gaierror):
+        return "no connection: its name can't be resolved"
+    if isinstance(cause, OSError) and cause.errno:
+        return f"no connection: {os.strerror(cause.errno).lower()}"
+    return "no connection"
 
 
 def _code(error: Exception) -> str:

@@ -100,6 +100,18 @@ def _target(options: ReplayOptions, recording: Recording, policy: TaskPolicy) ->
     if options.base_url is not None:
         if not options.base_url.startswith(("http://", "https://")):
             raise ConfigError(f"--base-url must begin with http:// or https://, got {options.base_url!r}")
+        of_our_own = {
+            "--max-disagreement": options.max_disagreement,
+            "--certainty": options.certainty,
+            "--latency-ms": options.latency_ms,
+            "--work": options.work,
+        }
+        useless = [name for name, value in of_our_own.items() if value is not None]
+        if useless:
+            raise ConfigError(
+                f"{', '.join(useless)}: of the gateway and the teacher that a replay starts itself; those at "
+                "--base-url go by their own configuration"
+            )
         key = os.environ.get(options.api_key_env) or "unused"
         yield Target(options.base_url.rstrip("/"), model, key, options.task, options.config)
         return

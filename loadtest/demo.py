@@ -143,7 +143,7 @@ def _stay(stack: Stack, work: Path, prompt: str, text: str, console: Console) ->
     }
     request = work.resolve() / "request.json"
     request.write_bytes(orjson.dumps(body, option=orjson.OPT_INDENT_2))
-    console.out(f"\nThe gateway goes on serving at {stack.base_url}. In another terminal:\n")
+    console.out("\nThe gateway goes on serving. In another terminal:\n")
     console.out(
         f"curl -i {stack.base_url}/chat/completions -H 'content-type: application/json' -d @{request}\n"
     )

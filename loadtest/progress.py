@@ -86,10 +86,10 @@ class Progress:
 
     def _table(self) -> Table:
         table = Table(show_header=False, box=None, padding=(0, 2))
-        table.add_row("requests", f"{self._done:,} of {self._total:,}", _bar(self._done / self._total))
+        table.add_row("requests", _barred(f"{self._done:,} of {self._total:,}", self._done / self._total))
         for route, count in sorted(self._routes.items()):
             share = count / max(self._answered, 1)
-            table.add_row(f"  {route}", f"{count:,} ({percent(share)})", _bar(share))
+            table.add_row(f"  {route}", _barred(f"{count:,} ({percent(share)})", share))
         students = self._routes["student"]
         own = f", the student's own {percent(self._student_agreed / students)}" if students else ""
         table.add_row("agreement with the teacher", f"{percent(self._share(self._agreed))}{own}")
@@ -109,10 +109,13 @@ class Progress:
         teachers = self._routes["teacher"]
         if not teachers:
             return f"${self._cost:.4f}"
+        if not self._teacher_cost:
+            return "unknown: the model has no price"
         alone = self._teacher_cost / teachers * self._answered
         return f"${self._cost:.4f} (the teacher alone: ${alone:.4f})"
 
 
-def _bar(share: float, width: int = 30) -> str:
+def _barred(said: str, share: float, width: int = 24) -> str:
+    """`said`, and a bar beside it; with the labels before it, it fits into 80 columns."""
     filled = round(min(share, 1.0) * width)
-    return "█" * filled + "░" * (width - filled)
+    return f"{said:<18}" + "█" * filled + "░" * (width - filled)

@@ -227,8 +227,16 @@ async def _learn(target: Target, run: _Run, progress: Progress, *, after: int) -
         release = live.release if live is not None else None
     if release is not None:
         await asyncio.to_thread(_wait_for_release, target.base_url, run.task, release)
-    said = lesson.error or f"live release {release or 'none'}"
+    said = lesson.error or (f"live release {release}" if release else _unreleased(lesson))
     progress.learning(f"after {after:,} requests, {lesson.seconds:.1f} s: {said}")
+
+
+def _unreleased(lesson: Lesson) -> str:
+    """Say why nothing is live, or of which task: the beginning of what `learn` says."""
+    tasks = (lesson.report or {}).get("tasks") or []
+    return (
+        ", ".join(f"{one['task']}: {one['message'].partition(';')[0]}" for one in tasks) or "nothing to learn"
+    )
 
 
 def _settled(run: _Run) -> list[Exchange]:

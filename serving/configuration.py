@@ -40,7 +40,7 @@ def load_settings(path: Path | None = None) -> Settings:
     `path` None means `understudy.toml` in the working directory if there is one, else the defaults. Raises
     ConfigError, whose message names everything that is wrong and never holds a secret.
     """
-    file = DEFAULT_FILE if path is None else path
+    file = path or DEFAULT_FILE
     return _validated(_read_toml(file, required=path is not None), file)
 
 

@@ -23,7 +23,7 @@ import orjson
 from serving.disk import Disk
 from serving.errors import DamagedRelease, UnknownRelease
 from serving.exchange import Json
-from serving.layout import task_directory
+from serving.layout import task_directory, task_names
 
 HELD_OUT_FILE = "held_out.json"
 """The file of a release that remembers, by the ids of its exchanges, what the release was fitted on."""
@@ -213,7 +213,9 @@ class ReleaseStore:
         """
         live = self.live(task)
         if live is None or (live.release is None and not live.previous):
-            raise UnknownRelease(f"no release of task {task} is live, so there is nothing to go back from")
+            raise self._unknown(
+                task, f"no release of task {task} is live, so there is nothing to go back from"
+            )
         with self._changing(task) as now:
             for position, release in enumerate(now.previous):
                 try:
@@ -292,8 +294,15 @@ class ReleaseStore:
             directory = self._releases(task) / f"{_REPLACED}{release}"  # for a moment, or since a writer died
         if not _RELEASE.fullmatch(release) or not directory.is_dir():
             known = ", ".join(self.names(task)) or "none yet"
-            raise UnknownRelease(f"task {task} has no release {release!r}; it has: {known}")
+            raise self._unknown(task, f"task {task} has no release {release!r}; it has: {known}")
         return directory
+
+    def _unknown(self, task: str, said: str) -> UnknownRelease:
+        """`said`, unless there is no such task: then that, and which there are."""
+        if not task_directory(self._state_dir, task).is_dir():
+            known = ", ".join(task_names(self._state_dir)) or "none yet"
+            said = f"there is no task {task} under {self._state_dir}; there are: {known}"
+        return UnknownRelease(said)
 
     def _releases(self, task: str) -> Path:
         return task_directory(self._state_dir, task) / "releases"

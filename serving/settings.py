@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from serving.errors import ConfigError
+from serving.layout import is_task_name
 from serving.redaction import parse_kinds
 from serving.redis_url import RedisUrl
 from serving.sight import Sees
@@ -35,7 +36,7 @@ _OTLP_ENDPOINTS = {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_END
 
 
 def _check_name(name: str) -> str:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
+    if not is_task_name(name):
         raise ValueError("should be 1 to 64 of a-z 0-9 . _ - and begin with a letter or a digit")
     return name
 

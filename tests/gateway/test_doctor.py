@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from gateway.doctor_local import check_configuration, check_disk
 from gateway.doctor_remote import check_redis
@@ -115,9 +116,39 @@ def test_what_cant_be_read_or_reached_is_said(doctor: Start, tmp_path: Path) -> 
     (tmp_path / "here").write_text("")
     code, out, _ = doctor(config(f"http://127.0.0.1:{port}"), "--json", TEACHER_KEY="k")
     assert code == 1
-    assert f"no connection to 127.0.0.1:{port}: " in out
+    assert f"no connection to 127.0.0.1:{port}: connection refused" in out
     found = verdicts(out)
     assert found["disk"] == found["teacher"] == ["problem"]
+
+
+def test_where_settings_come_from_is_said(doctor: Start, tmp_path: Path) -> None:
+    unreachable = {"UNDERSTUDY_TEACHER__BASE_URL": "http://127.0.0.1:9/v1"}
+    _, out, _ = doctor("", **unreachable)
+    assert "read from understudy.toml; over it go UNDERSTUDY_TEACHER__BASE_URL" in out
+    assert "127.0.0.1:9: connection refused" in out
+    (tmp_path / "understudy.toml").rename(tmp_path / "other.toml")
+    done = subprocess.run(
+        [sys.executable, "-m", "understudy", "doctor", "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **unreachable},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "there is no understudy.toml: every key has its default" in done.stdout
+
+
+def test_https_where_there_is_none_is_told_from_a_bad_certificate(doctor: Start, stand_in: Start) -> None:
+    teacher = stand_in({})
+    _, out, _ = doctor(config(teacher.url.replace("http:", "https:")), "--json", TEACHER_KEY="k")
+    assert "it doesn't speak TLS; is it http:// there?" in out
+
+
+def test_a_database_that_redis_doesnt_have_is_named(redis: Start) -> None:
+    url = redis().url + "/99"
+    (finding,) = asyncio.run(check_redis(SecretStr(url)))
+    assert finding.verdict == "problem"
+    assert finding.said == "it can't be used: it has no database of the number in cache.url"
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,10 @@ def test_ctrl_c_shows_what_there_is(serve: Callable[[StandIn], str]) -> None:
         ({"file": Path("nowhere.csv")}, "nowhere.csv can't be read"),
         ({"config": Path("understudy.toml")}, "--config is of the gateway at --base-url"),
         ({"base_url": "http://127.0.0.1:9/v1", "learn_every": 5}, "--learn-every needs --config"),
+        (
+            {"base_url": "http://127.0.0.1:9/v1", "max_disagreement": 0.1, "latency_ms": 5.0},
+            "--max-disagreement, --latency-ms: of the gateway and the teacher that a replay starts itself",
+        ),
         ({"base_url": "localhost:8080"}, "must begin with http://"),
         ({"price": "cheap"}, "--price must be two numbers"),
         ({"price": "1,-1"}, "--price must be two numbers"),

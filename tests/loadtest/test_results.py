@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from loadtest.learner import Lesson
+from loadtest.progress import Progress
 from loadtest.results import percentile, summarise
 from loadtest.table import show
 from loadtest.traffic import Outcome
@@ -42,6 +43,19 @@ OUTCOMES = [
     outcome(4, "c", "c", "d", "student", 0.001),
     Outcome(Recorded("text 5", "a", "a"), 0.5, error="500: down"),
 ]
+
+
+def test_progress_fits_into_80_columns() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, width=80, force_terminal=True)
+    with Progress(console, 800, COMPARE) as progress:
+        for one in OUTCOMES:
+            progress.add(one)
+        progress.learning("after 1,250 requests, 12.8 s: live release r0002")
+    assert "…" not in shown.getvalue()
+    assert "5 of 800" in shown.getvalue()
+    assert "agreement with the teacher" in shown.getvalue()
+    assert "$0.0130 (the teacher alone: $0.0400)" in shown.getvalue()
 
 
 def exchange(number: int, route: Route, audit: Audit) -> Exchange:
