@@ -74,7 +74,7 @@ def _of_turn(turn: Turn) -> dict[str, Value]:
         "overhead_ms": None if turn.overhead_s is None else _ms(turn.overhead_s),
         "input_tokens": _count(usage.get("prompt_tokens")),
         "output_tokens": _count(usage.get("completion_tokens")),
-        "cost_usd": turn.cost_usd,
+        "cost_usd": None if turn.cost_usd is None else round(turn.cost_usd, 12),
         "failure": turn.failure,
         "lost": turn.lost or None,
     }

@@ -21,6 +21,8 @@ from serving.redaction import Redactor
 log = logging.getLogger("understudy.log")
 
 _COMPLAIN_EVERY_S = 60.0
+_UNPRICED_TOLD = 20
+"""Models without a price that are warned of: a client may make up names."""
 
 
 class Ledger:
@@ -47,6 +49,7 @@ class Ledger:
         self._teacher_model = teacher_model
         self._max_wait_s = max_wait_s
         self._redactor = redactor
+        self._unpriced: set[str] = set()
         self._complained_at = -_COMPLAIN_EVERY_S
         self._background: set[asyncio.Task[bool]] = set()
 
@@ -67,8 +70,19 @@ class Ledger:
             turn.cost_usd = student
         elif turn.teacher is not None and turn.teacher.cost_usd is not None:
             turn.cost_usd = turn.teacher.cost_usd + (student or 0.0)
+        elif turn.teacher is not None and turn.teacher.usage is not None:
+            self._note_unpriced(turn.teacher.model)
         self._metrics.record_tokens(turn.task, turn.route, turn.given.usage if turn.given else None)
         self._metrics.record_spending(turn.task, turn.route, turn.cost_usd, self._avoided(turn))
+
+    def _note_unpriced(self, model: str) -> None:
+        """Warn, once for a model, that what it costs is missing."""
+        if model in self._unpriced or len(self._unpriced) >= _UNPRICED_TOLD:
+            return
+        self._unpriced.add(model)
+        log.warning(
+            "no price is known for model %r: costs and savings are without it; set teacher.price", model[:80]
+        )
 
     def broken_off(self, turn: Turn) -> float | None:
         """Count what an answer cost that didn't come to its end, and return it; None where nothing is owed.

@@ -27,6 +27,22 @@ HEADERS = {"authorization": f"Bearer {SECRET}"}
 ALL = {"access_log_sample": 1.0}
 
 
+def test_a_model_without_a_price_is_told_once(
+    stand_in: Start, gateway: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = gateway(
+        stand_in({"hello": "x"}, model="house-7b").url,
+        teacher={"price": None},
+        observe={"access_log_sample": 0.0},
+    )
+    for _ in range(3):
+        assert "x-understudy-cost-usd" not in running.post(json=BODY).headers
+    told = [record.getMessage() for record in caplog.records if record.name == "understudy.log"]
+    assert told == [
+        "no price is known for model 'house-7b': costs and savings are without it; set teacher.price"
+    ]
+
+
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[dict[str, Any]]]:
     """The fields of the lines written so far."""
