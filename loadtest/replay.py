@@ -39,6 +39,9 @@ from serving.settings import AgreementChoice
 
 _SETTLE_S = 10.0
 
+_OUTCOMES = {"held": "no level passed yet", "not_due": "no look is due"}
+"""What `learn` came to, where its own word says little."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -232,11 +235,10 @@ async def _learn(target: Target, run: _Run, progress: Progress, *, after: int) -
 
 
 def _unreleased(lesson: Lesson) -> str:
-    """Say why nothing is live, or of which task: the beginning of what `learn` says."""
+    """Say of every task what `learn` came to, where nothing is live or no task was named."""
     tasks = (lesson.report or {}).get("tasks") or []
-    return (
-        ", ".join(f"{one['task']}: {one['message'].partition(';')[0]}" for one in tasks) or "nothing to learn"
-    )
+    said = [f"{one['task']}: {_OUTCOMES.get(one['outcome'], one['outcome'])}" for one in tasks]
+    return ", ".join(said) or "nothing to learn"
 
 
 def _settled(run: _Run) -> list[Exchange]:

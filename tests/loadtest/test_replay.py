@@ -92,6 +92,14 @@ def test_a_replay_through_a_gateway_of_its_own(tmp_path: Path) -> None:
     assert exchanges[0].teacher.choices[0]["message"]["content"] == "customs"
 
 
+def test_what_learning_came_to_is_said_where_nothing_is_live() -> None:
+    code, results, errors = replayed(
+        str(PARCELS), "--limit", "12", "--learn-every", "10", "--task", "parcels"
+    )
+    assert (code, results["requests"]) == (0, 12)
+    assert "parcels: no look is due" in errors
+
+
 def test_failed_requests_are_counted_and_make_the_exit_code_1(serve: Callable[[StandIn], str]) -> None:
     failures = Failures((Rule(parse_failure("status=503"), every=4),))
     url = serve(create_stand_in(read_recording(PARCELS), failures=failures))
