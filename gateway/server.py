@@ -21,6 +21,7 @@ from gateway.log_format import configure_logging
 from gateway.parts import tracing_of
 from gateway.worker import BACKLOG, Beat, Worker
 from gateway.workers import Supervisor
+from serving.configuration import DEFAULT_FILE
 from serving.disk import Disk
 from serving.errors import ConfigError
 from serving.settings import Settings
@@ -50,7 +51,7 @@ def serve(
         _check_state_dir(settings.state_dir)
         configure_logging(settings.observe.log_format)
         _share_metrics(settings.server.workers, stack)
-        print(_start_line(settings, listening), flush=True)
+        print(_start_line(settings, config_path or DEFAULT_FILE, listening), flush=True)
         for warning in warnings(settings):
             log.warning(warning)
         if settings.server.workers > 1:
@@ -165,7 +166,7 @@ def _check_state_dir(state_dir: Path) -> None:
         raise ConfigError(f"the state directory {state_dir} can't be written: {error.strerror}") from None
 
 
-def _start_line(settings: Settings, listening: socket.socket) -> str:
+def _start_line(settings: Settings, file: Path, listening: socket.socket) -> str:
     host = settings.server.host
     port = listening.getsockname()[1]
     tasks = ", ".join(task.name for task in settings.task) or "found in the traffic"
@@ -175,5 +176,6 @@ def _start_line(settings: Settings, listening: socket.socket) -> str:
         where += f":{teacher.port}"
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     return (
-        f"understudy listens on {address} · tasks: {tasks} · teacher: {where} · state: {settings.state_dir}"
+        f"understudy listens on {address} · tasks: {tasks} · teacher: {where} · state: {settings.state_dir} · "
+        f"configuration: {file if file.is_file() else f'defaults, there is no {file}'}"
     )

@@ -197,6 +197,15 @@ def test_workers_that_take_long_to_start_are_waited_for(run: Start, stand_in: St
     assert len(re.findall("worker [0-9]+ starts", err)) == 2, "none was killed and replaced"
 
 
+def test_the_first_line_says_what_runs(run: Start, tmp_path: Path) -> None:
+    child = run('state_dir = "here"\n[teacher]\nbase_url = "http://127.0.0.1:9/v1"\n', "--port", "0")
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    assert line.endswith(
+        " · tasks: found in the traffic · teacher: 127.0.0.1:9 · state: here · configuration: understudy.toml\n"
+    )
+
+
 def test_what_is_wrong_is_said_in_one_line(run: Start) -> None:
     child = run("[server]\nprot = 1\n")
     out, err = child.communicate(timeout=30)
