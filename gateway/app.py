@@ -23,7 +23,15 @@ from gateway.auth import AdminGate
 from gateway.client import Client, request_id_of
 from gateway.envelope import internal_error, stopping
 from gateway.keeper import Keeper
-from gateway.parts import Lasting, Parts, audit_deadline_s, make_lasting, make_parts, make_tasks
+from gateway.parts import (
+    Lasting,
+    Parts,
+    audit_deadline_s,
+    hand_over_audits,
+    make_lasting,
+    make_parts,
+    make_tasks,
+)
 from gateway.reload import Generation, reloadable
 from serving.disk import Disk
 from serving.settings import Settings
@@ -92,13 +100,15 @@ class Gateway:
         new = await make_parts(settings, lasting, tasks, old.parts)
         self._generation = new
         self._admins = new.parts.admins
-        lasting.live.adopt(new.parts.tasks)
+        lasting.live.adopt(new.parts.tasks, redact=settings.log.redact)
+        lasting.event_log.adopt(retention_days=settings.log.retention_days)
         keeper.adopt(
             new.parts.audits,
             deadline_s=audit_deadline_s(settings),
             interval_s=settings.learning.interval_s,
             retention_days=settings.log.retention_days,
         )
+        hand_over_audits(old.parts, new.parts)
         retiring = asyncio.create_task(
             old.retire(_finish_audits), name="an old configuration's last requests"
         )

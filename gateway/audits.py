@@ -11,6 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from gateway.auth import Caller
 from gateway.ledger import Ledger
@@ -37,11 +38,24 @@ _WORTH_REPEATING = frozenset({408, 409, 429})
 KEEPER_TENANT = Caller(tenant="keeper")
 
 
+@dataclass(slots=True)
+class _Audit:
+    """One audit; `asking` while the teacher may be at work on it. `until` is of the monotonic clock."""
+
+    exchange: Exchange
+    caller: Caller
+    headers: Headers
+    until: float = field(default_factory=lambda: time.monotonic() + WAITS_FOR_S)
+    asking: bool = False
+    task: asyncio.Task[None] | None = None
+
+
 class Audits:
     """Runs audits in the background, a few at a time, behind everything that clients wait for.
 
     `delays` are the seconds between attempts that failed. While the teacher can't be reached or is left alone
     by its breaker, an audit waits. `keeper_can_audit`: whether one that waits long may be left to the keeper.
+    `under_way` are the exchanges that this process audits, whatever configuration they began with.
     """
 
     def __init__(
@@ -55,6 +69,7 @@ class Audits:
         client_keys: bool,
         keeper_can_audit: bool = True,
         delays: Sequence[float] = (2.0, 10.0),
+        under_way: set[str] | None = None,
     ) -> None:
         self._teacher = teacher
         self._ledger = ledger
@@ -65,7 +80,9 @@ class Audits:
         self._keeper_can_audit = keeper_can_audit
         self._delays = delays
         self._slots = asyncio.Semaphore(_CONCURRENCY)
-        self._running: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[str, _Audit] = {}
+        self._under_way = set() if under_way is None else under_way
+        self._successor: Audits | None = None
 
     def start(self, exchange: Exchange, caller: Caller, headers: Headers = ()) -> None:
         """Audit one exchange in the background. With too many waiting it is left to the keeper.
@@ -73,11 +90,36 @@ class Audits:
         `headers` are the client's (lower-case names): they choose among accounts of the teacher's. The log doesn't
         hold them, so that the keeper asks without.
         """
-        if exchange.id in self._running or len(self._running) >= _MOST_WAITING:
+        self._begin(_Audit(exchange, caller, headers))
+
+    def hand_over(self, successor: Audits) -> None:
+        """Let the audits of a reloaded configuration go on with those that wait; what is being asked comes to its end.
+
+        Else they would wait for a teacher that may have been replaced. `successor` must share `under_way`.
+        """
+        self._successor = successor
+        for audit in list(self._running.values()):
+            if not audit.asking and audit.task is not None:
+                audit.task.cancel()
+
+    def _begin(self, audit: _Audit) -> None:
+        if self._successor is not None:
+            self._successor._begin(audit)
             return
-        task = asyncio.get_running_loop().create_task(self._audit(exchange, caller, headers))
-        self._running[exchange.id] = task
-        task.add_done_callback(lambda _: self._running.pop(exchange.id, None))
+        name = audit.exchange.id
+        if name in self._under_way or len(self._running) >= _MOST_WAITING:
+            return
+        audit.task = asyncio.get_running_loop().create_task(self._audit(audit))
+        audit.task.add_done_callback(lambda task: self._over(audit, task))
+        self._running[name] = audit
+        self._under_way.add(name)
+
+    def _over(self, audit: _Audit, task: asyncio.Task[None]) -> None:
+        self._running.pop(audit.exchange.id, None)
+        self._under_way.discard(audit.exchange.id)
+        # One that was cancelled while the teacher was asked would be paid for twice.
+        if task.cancelled() and self._successor is not None and not audit.asking:
+            self._successor._begin(audit)
 
     def take_up(self, leftovers: Iterable[Exchange]) -> int:
         """Take up audits that other processes left pending; how many there were.
@@ -87,7 +129,7 @@ class Audits:
         """
         taken = 0
         for exchange in leftovers:
-            if exchange.id in self._running:
+            if exchange.id in self._under_way:
                 continue
             taken += 1
             if self._client_keys or "request" in exchange.redacted:
@@ -98,7 +140,7 @@ class Audits:
 
     async def aclose(self, grace_s: float | None = 5.0) -> None:
         """Give what is running a few seconds; the rest stays pending in the log. None: all the time it takes."""
-        running = set(self._running.values())
+        running = {audit.task for audit in self._running.values() if audit.task is not None}
         if not running:
             return
         _, unfinished = await asyncio.wait(running, timeout=grace_s)
@@ -108,9 +150,10 @@ class Audits:
             await asyncio.wait(unfinished)
             log.info("%d audits stay pending for the next start", len(unfinished))
 
-    async def _audit(self, exchange: Exchange, caller: Caller, headers: Headers) -> None:
+    async def _audit(self, audit: _Audit) -> None:
+        exchange = audit.exchange
         try:
-            answer = await self._ask(exchange, caller, headers)
+            answer = await self._ask(audit)
         except _LeftPending:
             return
         except Exception:
@@ -118,13 +161,13 @@ class Audits:
             answer = None
         self._finish(exchange, answer)
 
-    async def _ask(self, exchange: Exchange, caller: Caller, headers: Headers) -> TeacherAnswer | None:
+    async def _ask(self, audit: _Audit) -> TeacherAnswer | None:
         """Return the teacher's answer, or None when it can't be had.
 
         A teacher that isn't there is waited for; one that was asked and failed is asked a few times.
         Raises _LeftPending when waiting any longer is the keeper's.
         """
-        until = time.monotonic() + WAITS_FOR_S
+        exchange, caller = audit.exchange, audit.caller
         delays = iter(self._delays)
         while True:
             try:
@@ -132,19 +175,21 @@ class Audits:
                     if self._is_keepers(exchange, caller):
                         # It has waited behind so many others that the keeper may be at it by now.
                         raise _LeftPending
+                    audit.asking = True
                     reply = await self._teacher.complete(
                         exchange.request,
                         authorization=caller.authorization,
                         request_id=exchange.request_id,
-                        headers=headers,
+                        headers=audit.headers,
                         background=True,
                     )
                 return reply.answer
             except UpstreamError as error:
+                audit.asking = False
                 if _was_not_asked(error):
                     told = error.retry_after_s if isinstance(error, UpstreamUnavailable) else _LOOK_AGAIN_S
                     delay: float | None = told * random.uniform(1.0, 1.5)
-                    if time.monotonic() > until:
+                    if time.monotonic() > audit.until:
                         delay = None
                     elif self._is_keepers(exchange, caller):
                         raise _LeftPending from None
@@ -154,6 +199,8 @@ class Audits:
                 if delay is None:
                     log.warning("audit of exchange %s: %s; it counts as missing", exchange.id, error)
                     return None
+            if self._successor is not None:
+                raise asyncio.CancelledError  # handed over while the teacher was asked
             await asyncio.sleep(delay)
 
     def _is_keepers(self, exchange: Exchange, caller: Caller) -> bool:

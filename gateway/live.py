@@ -75,9 +75,10 @@ class LiveReleases:
         """Return the live release of every task that has one."""
         return {task: live.name for task, live in sorted(self._live.items())}
 
-    def adopt(self, tasks: Tasks) -> None:
+    def adopt(self, tasks: Tasks, *, redact: Sequence[str]) -> None:
         """Compare answers from now on as a reloaded configuration says. Requests under way keep theirs."""
         self._tasks = tasks
+        self._redact = sorted(redact)
         for name, live in self._live.items():
             self._live[name] = dataclasses.replace(live, comparison=tasks.comparison(name))
 

@@ -48,6 +48,7 @@ class Lasting:
     event_log: EventLog
     live: LiveReleases
     attempts: Attempts
+    audited: set[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def make_lasting(settings: Settings, tasks: Tasks, disk: Disk, stack: AsyncExitS
     stack.push_async_callback(live.aclose)
     event_log = EventLog(settings.state_dir, settings.log, disk=disk)
     stack.push_async_callback(event_log.aclose)
-    return Lasting(metrics, event_log, live, Attempts())
+    return Lasting(metrics, event_log, live, Attempts(), set())
 
 
 def make_tasks(settings: Settings, known: Iterable[str] = ()) -> Tasks:
@@ -108,6 +109,7 @@ async def make_parts(
             metrics=lasting.metrics,
             client_keys=gate.client_keys,
             keeper_can_audit=_keeper_can_audit(settings),
+            under_way=lasting.audited,
         )
         stack.push_async_callback(audits.aclose)
         pipeline = Pipeline(
@@ -146,6 +148,12 @@ def audit_deadline_s(settings: Settings) -> float:
     """Say after how long no process can still be at an audit."""
     patience_s = 0.0 if _keeper_can_audit(settings) else WAITS_FOR_S
     return max(settings.teacher.timeout_s + _AUDIT_GRACE_S, patience_s)
+
+
+def hand_over_audits(old: Parts, new: Parts) -> None:
+    """Let new parts go on with the old ones' waiting audits, unless that showed a client's key to another teacher."""
+    if not old.gate.client_keys or old.settings.teacher.base_url == new.settings.teacher.base_url:
+        old.audits.hand_over(new.audits)
 
 
 def _keeper_can_audit(settings: Settings) -> bool:

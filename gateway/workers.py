@@ -308,5 +308,7 @@ def _listen_to(orders: Connection, worker: Worker) -> None:
 
 def _cause(code: int | None) -> str:
     if code is not None and code < 0:
-        return signal.Signals(-code).name
+        # Of the real-time signals only two have names.
+        named = -code in signal.Signals.__members__.values()
+        return signal.Signals(-code).name if named else f"signal {-code}"
     return f"exit code {code}"

@@ -68,6 +68,10 @@ class EventLog:
         self._forgotten: frozenset[str] = frozenset()
         self._closed = False
 
+    def adopt(self, *, retention_days: float | None) -> None:
+        """Seal segments from now on early enough for another `log.retention_days`."""
+        self._oldest_open_s = oldest_open_s(retention_days)
+
     async def append(self, task: str, event: Json) -> None:
         """Return when the event is durable: synced, or with "relaxed" durability written.
 

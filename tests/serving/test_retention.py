@@ -147,3 +147,21 @@ def test_the_keeper_removes_what_the_configuration_says(
     if days is not None:
         eventually(lambda: ids(running.state_dir) == ["new"])
     assert ids(running.state_dir) == (["old", "new"] if days is None else ["new"])
+
+
+def test_another_retention_closes_what_is_open(tmp_path: Path, exchanges: Start) -> None:
+    def is_open() -> bool:
+        return any(tmp_path.rglob("*.open"))
+
+    async def run() -> None:
+        event_log = EventLog(tmp_path, LogSettings())
+        (exchange,) = exchanges([("parcel lost", "lost")])
+        await event_log.append("intents", answered(exchange))
+        assert await asyncio.to_thread(is_open)
+        event_log.adopt(retention_days=1e-6)
+        async with asyncio.timeout(10):
+            while await asyncio.to_thread(is_open):  # noqa: ASYNC110 - of a file nobody tells
+                await asyncio.sleep(0.02)
+        await event_log.aclose()
+
+    asyncio.run(run())
