@@ -103,8 +103,8 @@ def test_unknown_names(run: Make, write_log: Make, exchanges: Make, publish: Mak
     assert "it has: r0001" in run("promote", "intents", "r0007", code=2).stderr
     assert "has no release" in run("promote", "intents", "../r0001", code=2).stderr
     assert "can't be the name of a task" in run("rollback", "../intents", code=2).stderr
-    assert "has no release" in run("promote", "parcels", "r0001", code=2).stderr
-    assert "nothing to go back from" in run("rollback", "intent", code=2).stderr
+    assert "there is no task parcels" in run("promote", "parcels", "r0001", code=2).stderr
+    assert "there is no task intent under" in run("rollback", "intent", code=2).stderr
     assert not (state / "tasks" / "intent").exists(), "a slip of the keyboard makes no task"
     live = ReleaseStore(state).live("intents")
     assert live is not None
