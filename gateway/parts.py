@@ -137,7 +137,13 @@ async def make_parts(
                 lasting.metrics, max_requests=server.max_concurrency, max_bytes=server.max_held_bytes
             ),
             chat=ChatEndpoint(pipeline, gate, lasting.metrics, max_body_bytes=server.max_body_bytes),
-            passthrough=Passthrough(teacher, gate, lasting.metrics, max_upload_bytes=server.max_upload_bytes),
+            passthrough=Passthrough(
+                teacher,
+                gate,
+                lasting.metrics,
+                max_upload_bytes=server.max_upload_bytes,
+                paths=server.pass_through,
+            ),
             access_log=AccessLog(sample=settings.observe.access_log_sample),
             tracing=tracing,
         )

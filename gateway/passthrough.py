@@ -8,7 +8,7 @@ OpenAI's envelope, since clients read it.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from gateway import names
 from gateway.auth import Gate
@@ -19,6 +19,7 @@ from serving.errors import RequestError, UnderstudyError, UpstreamError
 from serving.slots import UpstreamBusy
 from serving.teacher import Teacher
 from serving.upstream import UpstreamResponse
+from serving.wire import leads_below
 
 _HELD_BYTES = 64 * 1024
 _OURS = frozenset({names.REQUEST_ID_HEADER, "date"})
@@ -29,16 +30,25 @@ _TOLD = [(names.ROUTE_HEADER, "teacher"), (names.REASON_HEADER, names.REASON_PAS
 class Passthrough:
     """Passes requests on. A body of more than `max_upload_bytes` is refused with 413.
 
-    Of a body, `max_held_bytes` are in memory at most.
+    Of a body, `max_held_bytes` are in memory at most. `paths` are what is passed on, below /v1/; None: everything.
     """
 
     max_held_bytes = _HELD_BYTES
 
-    def __init__(self, teacher: Teacher, gate: Gate, metrics: Metrics, *, max_upload_bytes: int) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        gate: Gate,
+        metrics: Metrics,
+        *,
+        max_upload_bytes: int,
+        paths: Sequence[str] | None = None,
+    ) -> None:
         self._teacher = teacher
         self._gate = gate
         self._metrics = metrics
         self._max_upload_bytes = max_upload_bytes
+        self._paths = paths
 
     async def __call__(self, client: Client) -> None:
         """Serve one request to its end."""
@@ -67,6 +77,14 @@ class Passthrough:
 
     async def _serve(self, client: Client) -> int:
         caller = self._gate.admit(client.header("authorization"))
+        if self._paths is not None and not leads_below(client.target, self._paths):
+            path = client.target.partition("?")[0]
+            raise RequestError(
+                f"{client.method[:20]} {path[:200]} isn't offered here: this gateway passes on chosen paths only "
+                "(server.pass_through).",
+                status=404,
+                code="not_passed_through",
+            )
         upload = _Upload(client, self._max_upload_bytes)
         body = await upload.body()
         # The id that the client gets back and the log names, also where the client sent none or one of no use.

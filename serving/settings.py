@@ -79,12 +79,26 @@ class ServerSettings(Section):
         description="request bodies under way at once, in each worker; beyond, 429",
     )
     max_tasks: int = Field(200, ge=1, description="unseen prompts become tasks by themselves up to this many")
+    pass_through: list[str] | None = Field(
+        None,
+        description="what is passed on besides chat completions: paths below /v1/, with all below them; absent: all",
+    )
     api_keys: list[SecretStr] = Field(
         default=[], description="the gateway's own keys, plain or as sha256:<hex>"
     )
     admin_key: SecretStr | None = Field(
         None, description="the key for /metrics and the details of /readyz, plain or as sha256:<hex>"
     )
+
+    @field_validator("pass_through")
+    @classmethod
+    def _are_paths(cls, value: list[str] | None) -> list[str] | None:
+        for path in value or ():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*", path):
+                raise ValueError(
+                    f"should be paths below /v1/, such as embeddings or images/generations, not {path!r}"
+                )
+        return value
 
     @field_validator("api_keys")
     @classmethod

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from urllib.parse import unquote
 
 from serving.errors import RequestError
 from serving.upstream import Headers
@@ -51,6 +53,15 @@ def forwardable_response(headers: Headers, *, whole: bool) -> list[tuple[str, st
     """
     dropped = (_ONE_CONNECTION if whole else _NOT_IN_COMPLETIONS) | _named_by_connection(headers)
     return [(name, value) for name, value in headers if name not in dropped]
+
+
+def leads_below(target: str, prefixes: Sequence[str]) -> bool:
+    """Whether a target (path and query) under /v1 leads to one of these paths or below it, however it is encoded."""
+    path = unquote(target.partition("?")[0]).removeprefix("/v1/")
+    parts = re.split(r"[/\\]", path)
+    if "%" in path or not all(parts[:-1]) or {".", ".."} & set(parts):
+        return False  # servers disagree on where it leads
+    return any(path == prefix or path.startswith(f"{prefix}/") for prefix in prefixes)
 
 
 def upstream_path(target: str) -> str:

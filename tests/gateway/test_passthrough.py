@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import openai
 import pytest
+
+from serving.settings import ServerSettings
 
 Start = Callable[..., Any]
 ANSWERS = {"hello": "greeting"}
@@ -133,3 +136,41 @@ def test_pass_through_is_metered(running: Any) -> None:
     running.get("/v1/models")
     assert running.metric("understudy_requests_total", reason="passthrough", code="200") == 1
     assert running.exchanges() == []
+
+
+def test_only_what_is_offered_is_passed_on(stand_in: Start, gateway: Start) -> None:
+    """Tenants behind one key of the teacher's would read and delete each other's files."""
+    teacher = stand_in(ANSWERS, api_key="teacher-key")
+    running = gateway(teacher.url, server={"pass_through": ["echo", "images/generations"]})
+    body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+    assert running.post(json=body).json()["choices"][0]["message"]["content"] == "greeting"
+    for path in ("echo", "echo/sse", "ech%6f", "images/generations?n=1"):
+        assert running.post(f"/v1/{path}", content=b"x").status_code != 404, path
+    for method, path in (
+        ("GET", "chat/completions"),
+        ("DELETE", "chat/completions/chatcmpl-1"),
+        ("GET", "files"),
+        ("GET", "%66iles"),
+        ("POST", "echoes"),
+        ("POST", "images"),
+        ("POST", "echo%2f..%2ffiles"),
+        ("POST", "echo/%252e%252e/files"),
+        ("POST", "/echo"),
+        ("POST", "echo//files"),
+    ):
+        refused = running.request(method, f"/v1/{path}")
+        assert refused.status_code == 404, path
+        error = refused.json()["error"]
+        assert (error["type"], error["code"]) == ("invalid_request_error", "not_passed_through"), path
+    with running.client() as client, pytest.raises(openai.NotFoundError, match=r"server\.pass_through"):
+        client.files.list()
+
+
+def test_without_a_list_everything_is_passed_on(running: Any) -> None:
+    assert running.get("/v1/files").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "files/", "", "../files", "files?x"])
+def test_a_path_that_could_never_match_is_a_mistake(path: str) -> None:
+    with pytest.raises(ValueError, match="should be paths below /v1/"):
+        ServerSettings(pass_through=[path])
