@@ -96,11 +96,11 @@ class Answers:
         if escalated is None:
             return self._by_student(turn)
         turn.reason = escalated
-        turn.asking = True
         try:
             return await (self._stream(turn) if turn.chat.stream else self._whole(turn))
         except UpstreamError as error:
-            turn.asking = False
+            # After a deadline the teacher may have worked all the time.
+            self.ledger.broken_off(turn)
             self.note_failure(turn, error)
             if turn.student is None or not _student_may_step_in(turn, error):
                 raise
@@ -199,6 +199,7 @@ class Answers:
                 authorization=turn.arrival.caller.authorization,
                 request_id=turn.arrival.request_id,
                 headers=turn.arrival.headers,
+                on_asked=turn.is_asking,
             )
         finally:
             turn.waited_s += time.perf_counter() - began
@@ -213,6 +214,7 @@ class Answers:
             authorization=turn.arrival.caller.authorization,
             request_id=turn.arrival.request_id,
             headers=turn.arrival.headers,
+            on_asked=turn.is_asking,
         )
         began = time.perf_counter()
         try:

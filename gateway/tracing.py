@@ -34,7 +34,7 @@ from gateway.client import Client
 from gateway.turn import Turn
 from serving.errors import UpstreamBroken, UpstreamError, UpstreamRefused
 from serving.exchange import Json, TeacherAnswer
-from serving.teacher import Teacher, TeacherReply, TeacherStream
+from serving.teacher import OnAsked, Teacher, TeacherReply, TeacherStream
 from serving.upstream import Headers, UpstreamResponse
 
 Attributes = dict[str, AttributeValue]
@@ -159,6 +159,7 @@ class TracedTeacher(Teacher):
         request_id: str,
         headers: Headers = (),
         background: bool = False,
+        on_asked: OnAsked | None = None,
     ) -> TeacherReply:
         """As `Teacher.complete`."""
         asked = _current.get()
@@ -169,6 +170,7 @@ class TracedTeacher(Teacher):
                 request_id=request_id,
                 headers=headers,
                 background=background,
+                on_asked=on_asked,
             )
         with _asking(asked, f"chat {request['model']}", _of_request(request, stream=False)) as span:
             reply = await super().complete(
@@ -177,19 +179,30 @@ class TracedTeacher(Teacher):
                 request_id=request_id,
                 headers=_with_trace(headers, span),
                 background=background,
+                on_asked=on_asked,
             )
             span.set_attributes(_of_answer(reply.answer, reply.body.get("id")))
         return reply
 
     @asynccontextmanager
     async def stream(
-        self, request: Json, *, authorization: str | None, request_id: str, headers: Headers = ()
+        self,
+        request: Json,
+        *,
+        authorization: str | None,
+        request_id: str,
+        headers: Headers = (),
+        on_asked: OnAsked | None = None,
     ) -> AsyncIterator[TeacherStream]:
         """As `Teacher.stream`."""
         asked = _current.get()
         if asked is None:
             async with super().stream(
-                request, authorization=authorization, request_id=request_id, headers=headers
+                request,
+                authorization=authorization,
+                request_id=request_id,
+                headers=headers,
+                on_asked=on_asked,
             ) as stream:
                 yield stream
             return
@@ -199,6 +212,7 @@ class TracedTeacher(Teacher):
                 authorization=authorization,
                 request_id=request_id,
                 headers=_with_trace(headers, span),
+                on_asked=on_asked,
             ) as stream:
                 try:
                     yield stream

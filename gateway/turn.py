@@ -43,7 +43,8 @@ class Turn:
     `task` is `other`. `eligible` is said of the request, `spoiled` of the way its answer came about: what is
     either not eligible or spoiled counts for nothing (STATISTICS.md §1).
     `origin` says of an answer from the cache who once gave it.
-    `asking`: the teacher has been asked and its answer isn't whole; `received` is what has come of a stream.
+    `asking`: the teacher is being asked (not: waited for, in a line or before a retry) and its answer isn't whole;
+    `received` is what has come of a stream.
     `shared`: its answer is made for others as well, by a flight, which also closes its account if it has
     `left` in the meantime.
     `status` is there once the request is over: what its books say, which of a stream that broke off isn't
@@ -86,6 +87,10 @@ class Turn:
     def elapsed_s(self) -> float:
         """Return the time since the request came in."""
         return time.perf_counter() - self.started
+
+    def is_asking(self, asking: bool) -> None:
+        """Note that the teacher is being asked, or that the attempt failed and there is nothing to be billed."""
+        self.asking = asking
 
     @property
     def by_student(self) -> bool:

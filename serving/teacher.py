@@ -22,7 +22,7 @@ from pydantic import SecretStr
 
 from serving.asking import Asking, could_not_be_reached, failed_to_answer
 from serving.breaker import Breaker, State
-from serving.errors import ConfigError, UpstreamError, UpstreamRefused
+from serving.errors import ConfigError, UnderstudyError, UpstreamError, UpstreamRefused, UpstreamTimeout
 from serving.exchange import Json, TeacherAnswer
 from serving.logprobs import LogprobsForTheLog, may_be_about_logprobs
 from serving.pricing import PriceList
@@ -32,9 +32,16 @@ from serving.teacher_stream import Chunk, StreamFailed, TeacherStream, completio
 from serving.upstream import Headers, NothingSent, StaleConnection, Upstream, UpstreamResponse
 from serving.wire import forwardable_request, forwardable_response, upstream_path
 
-__all__ = ["Chunk", "StreamFailed", "Teacher", "TeacherReply", "TeacherStream"]
+__all__ = ["Chunk", "OnAsked", "StreamFailed", "Teacher", "TeacherReply", "TeacherStream"]
 
 _T = TypeVar("_T")
+_Attempt = Callable[[bytes, bool], Awaitable[_T]]
+
+OnAsked = Callable[[bool], None]
+"""Hears, with True, that the teacher is being asked and may bill it; with False, that the attempt failed before that.
+
+An attempt that is given up (deadline, client gone) isn't followed by False: the teacher may be at work on it.
+"""
 
 _CHAT = "/chat/completions"
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
@@ -107,12 +114,13 @@ class Teacher:
         request_id: str,
         headers: Headers = (),
         background: bool = False,
+        on_asked: OnAsked | None = None,
     ) -> TeacherReply:
         """Ask for a whole answer; `stream` and `stream_options` are left out of the request.
 
         `authorization` is the client's header value, `headers` the client's headers (lower-case names), of
         which an allow-list goes along. The deadline `timeout_s` spans all attempts. `background`: nobody
-        waits for it, so it lets everybody else go first, and there is one attempt.
+        waits for it, so it lets everybody else go first, and there is one attempt. `on_asked`: see `OnAsked`.
 
         Raises UpstreamRefused (the upstream's own status, headers and body), UpstreamTimeout, UpstreamBroken,
         or, without having asked, UpstreamUnavailable or UpstreamBusy.
@@ -130,7 +138,7 @@ class Teacher:
 
         async with self._slots.taken(background=background):
             completion, shown, raw, received = await self._asked(
-                request, attempt, stream=False, retries=not background
+                request, _told(attempt, on_asked), stream=False, retries=not background
             )
         answer = self._answer(
             model=completion.get("model") or request["model"],
@@ -145,7 +153,13 @@ class Teacher:
 
     @asynccontextmanager
     async def stream(
-        self, request: Json, *, authorization: str | None, request_id: str, headers: Headers = ()
+        self,
+        request: Json,
+        *,
+        authorization: str | None,
+        request_id: str,
+        headers: Headers = (),
+        on_asked: OnAsked | None = None,
     ) -> AsyncIterator[TeacherStream]:
         """Ask for a stream; the context is entered when the answer begins, so that errors keep their status.
 
@@ -190,7 +204,7 @@ class Teacher:
             )
 
         async with self._slots.taken():
-            stream = await self._asked(request, attempt, stream=True)
+            stream = await self._asked(request, _told(attempt, on_asked), stream=True)
             try:
                 yield stream
             finally:
@@ -241,7 +255,7 @@ class Teacher:
     async def _asked(
         self,
         request: Json,
-        attempt: Callable[[bytes, bool], Awaitable[_T]],
+        attempt: _Attempt[_T],
         *,
         stream: bool,
         retries: bool = True,
@@ -331,6 +345,21 @@ def _checked(key: SecretStr) -> str:
     if not value or not value.isascii() or not value.isprintable():
         raise ConfigError("the teacher's key is empty or has characters that can't be sent: set it again")
     return value
+
+
+def _told(attempt: _Attempt[_T], on_asked: OnAsked | None) -> _Attempt[_T]:
+    if on_asked is None:
+        return attempt
+
+    async def told(body: bytes, hide: bool) -> _T:
+        on_asked(True)
+        try:
+            return await attempt(body, hide)
+        except UnderstudyError as error:
+            on_asked(isinstance(error, UpstreamTimeout))
+            raise
+
+    return told
 
 
 def _always(_: UpstreamError) -> bool:

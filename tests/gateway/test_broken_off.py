@@ -79,3 +79,40 @@ def test_a_teacher_that_refuses_costs_nothing(stand_in: Start, gateway: Start) -
     running = gateway(stand_in({TEXT: ANSWER}).url)
     assert running.post(json=body(metadata={"stand_in": "status=503"})).status_code == 503
     assert running.metric("understudy_cost_usd_total", route="teacher") == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_gateways_own_deadline_costs_the_prompt(stand_in: Start, gateway: Start, stream: bool) -> None:
+    running = gateway(stand_in({TEXT: ANSWER}, latency_ms=8000).url, teacher={"timeout_s": 0.5})
+    silent = {"stand_in": "hang-after=0"}
+    assert running.post(json=body(stream=stream, metadata=silent)).status_code == 504
+    spent = running.metric("understudy_cost_usd_total", route="teacher")
+    assert spent == pytest.approx(len(TEXT) / 4 * PER_TOKEN["input"], rel=0.01)
+
+
+def test_who_leaves_the_line_before_the_teacher_costs_nothing(
+    stand_in: Start, gateway: Start, eventually: Start
+) -> None:
+    teacher = stand_in({TEXT: ANSWER}, latency_ms=4000, latency_spread=0.0)
+    running = gateway(teacher.url, teacher={"max_concurrency": 1})
+    with running.client() as client:
+        # It has the only place.
+        stream = client.chat.completions.create(**body(stream=True))
+        next(stream)
+        with pytest.raises(Exception, match="timed out"):
+            running.post(json=body(), timeout=0.3)
+        eventually(lambda: running.metric("understudy_requests_total", code="499") == 1)
+        assert teacher.stats()["chat"] == 1
+        assert running.metric("understudy_cost_usd_total", route="teacher") == 0
+        stream.close()
+
+
+def test_who_leaves_before_a_retry_costs_nothing(stand_in: Start, gateway: Start, eventually: Start) -> None:
+    teacher = stand_in({TEXT: ANSWER})
+    teacher.fail({"status": 503, "retry_after": 4})
+    running = gateway(teacher.url, teacher={"max_retries": 1})
+    with pytest.raises(Exception, match="timed out"):
+        running.post(json=body(), timeout=0.5)
+    eventually(lambda: running.metric("understudy_requests_total", code="499") == 1)
+    assert teacher.stats()["chat"] == 1
+    assert running.metric("understudy_cost_usd_total", route="teacher") == 0
