@@ -13,7 +13,7 @@ from typing import Literal
 
 import orjson
 
-from serving.exchange import Json, StudentAnswer, TeacherAnswer
+from serving.exchange import STUDENT_FIELDS, TEACHER_FIELDS, Json, StudentAnswer, TeacherAnswer
 
 _VERSION = b"1"
 _DIGEST_BYTES = 16
@@ -91,7 +91,4 @@ def _digest(key: str, body: bytes) -> bytes:
 
 
 _FIELDS = tuple(item.name for item in dataclasses.fields(CachedAnswer))
-_ANSWER_FIELDS = {
-    "student": tuple(item.name for item in dataclasses.fields(StudentAnswer)),
-    "teacher": tuple(item.name for item in dataclasses.fields(TeacherAnswer)),
-}
+_ANSWER_FIELDS = {"student": STUDENT_FIELDS, "teacher": TEACHER_FIELDS}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -39,6 +39,7 @@ class Client:
         self.headers: list[tuple[str, str]] = [
             (name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]
         ]
+        self._first = dict(reversed(self.headers))
         self.request_id = request_id_of(self.header(names.REQUEST_ID_HEADER))
         self.began = time.perf_counter()
         self.status: int | None = None
@@ -62,7 +63,7 @@ class Client:
 
     def header(self, name: str) -> str | None:
         """Return the first value of a header, by its lower-case name."""
-        return next((value for key, value in self.headers if key == name), None)
+        return self._first.get(name)
 
     def declared_bytes(self) -> int | None:
         """Return the length the client announced for its body, if it did."""
@@ -202,7 +203,7 @@ def request_id_of(given: str | None) -> str:
     """Return the client's own id if it may be repeated (printable ASCII, at most 128), else a new one."""
     if given is not None and _SAFE_ID.fullmatch(given):
         return given
-    return f"req_{secrets.token_hex(12)}"
+    return f"req_{random.getrandbits(96):024x}"
 
 
 def _target(scope: Scope) -> str:

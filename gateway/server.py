@@ -19,7 +19,7 @@ from gateway.app import create_app
 from gateway.auth import is_loopback
 from gateway.log_format import configure_logging
 from gateway.parts import tracing_of
-from gateway.worker import BACKLOG, Beat, Worker
+from gateway.worker import BACKLOG, Beat, Worker, relieve_collector
 from gateway.workers import Supervisor
 from serving.configuration import DEFAULT_FILE
 from serving.disk import Disk
@@ -65,6 +65,7 @@ def serve(
         else:
             gateway = create_app(settings, config_path=config_path)
             worker = Worker(gateway, settings, lambda worker: _obey_signals(worker, reread), Beat())
+            relieve_collector()
             worker.run(sockets=[listening])
             code = 0 if worker.started else 3
     if code:

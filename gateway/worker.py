@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import socket
@@ -29,6 +30,8 @@ log = logging.getLogger("understudy.worker")
 BACKLOG = 2048
 _CUT_OFF_S = 2.0
 _AT_ONCE_S = 1.0
+_YOUNG, _MIDDLING, _OLD = 10_000, 20, 50
+"""When the collector looks: after so many new objects, so many looks at those, so many looks at the survivors."""
 
 
 @dataclass(slots=True)
@@ -176,3 +179,14 @@ class Worker(uvicorn.Server):
                 if kept:
                     log.warning("only a restart changes %s: the old values stay", ", ".join(kept))
         self._reloading = None
+
+
+def relieve_collector() -> None:
+    """Have this process's garbage collector leave alone what was imported, and look at the rest less often.
+
+    Requests leave next to no cycles, and with the defaults (700, 10, 10) looking for them takes a good part of
+    the time a request takes.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG, _MIDDLING, _OLD)

@@ -36,7 +36,7 @@ from prometheus_client.values import MultiProcessValue
 from gateway.app import create_app
 from gateway.log_format import configure_logging
 from gateway.reload import reloadable
-from gateway.worker import Beat, Worker
+from gateway.worker import Beat, Worker, relieve_collector
 from serving.errors import UnderstudyError
 from serving.settings import Settings
 
@@ -278,6 +278,7 @@ def _work(
     log.info("worker %d starts", os.getpid())
     gateway = create_app(settings, config_path=config_path)
     worker = Worker(gateway, settings, lambda worker: _listen_to(orders, worker), Beat(beat))
+    relieve_collector()
     worker.run(sockets=[listening])
     sys.exit(0 if worker.started else _FAILED)
 

@@ -20,12 +20,21 @@ import math
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Literal
 
 import orjson
 
-from serving.exchange import SCHEMA, Exchange, Json, StudentAnswer, TeacherAnswer
+from serving.exchange import (
+    EXCHANGE_FIELDS,
+    SCHEMA,
+    STUDENT_FIELDS,
+    TEACHER_FIELDS,
+    Exchange,
+    Json,
+    StudentAnswer,
+    TeacherAnswer,
+)
 
 _HEAD = b'{"crc":"'
 _MIDDLE = b'","event":'
@@ -44,10 +53,12 @@ Outcome = Literal["taken", "unknown", "damaged"]
 def answered(exchange: Exchange) -> Json:
     """The event of an exchange whose client has its answer. Encode it before the exchange's dicts change."""
     event: Json = {"event": "answered"}
-    for field in fields(exchange):
-        event[field.name] = getattr(exchange, field.name)
-    event["teacher"] = None if exchange.teacher is None else _plain(exchange.teacher)
-    event["student"] = None if exchange.student is None else _plain(exchange.student)
+    for name in EXCHANGE_FIELDS:
+        event[name] = getattr(exchange, name)
+    if exchange.teacher is not None:
+        event["teacher"] = _plain(exchange.teacher, TEACHER_FIELDS)
+    if exchange.student is not None:
+        event["student"] = _plain(exchange.student, STUDENT_FIELDS)
     return event
 
 
@@ -56,7 +67,7 @@ def audited(id: str, *, teacher: TeacherAnswer | None, agreement: bool | None, a
 
     `at`: seconds since the epoch.
     """
-    answer = None if teacher is None else _plain(teacher)
+    answer = None if teacher is None else _plain(teacher, TEACHER_FIELDS)
     return {
         "event": "audited",
         "schema": SCHEMA,
@@ -79,7 +90,7 @@ def cancelled(
 
     `at`: seconds since the epoch. `estimated_usd`: what an answer cost that didn't come to its end.
     """
-    answer = None if teacher is None else _plain(teacher)
+    answer = None if teacher is None else _plain(teacher, TEACHER_FIELDS)
     event: Json = {"event": "cancelled", "schema": SCHEMA, "id": id, "teacher": answer, "at": at}
     if estimated_usd is not None:
         event |= {"cost_usd": estimated_usd, "estimated": True}
@@ -276,8 +287,8 @@ _ORIGINS = (None, "student", "teacher")
 _AUDITS = ("none", "pending", "answered", "missing")
 
 
-def _plain(answer: TeacherAnswer | StudentAnswer) -> Json:
-    return {field.name: getattr(answer, field.name) for field in fields(answer)}
+def _plain(answer: TeacherAnswer | StudentAnswer, names: tuple[str, ...]) -> Json:
+    return {name: getattr(answer, name) for name in names}
 
 
 def _check(data: Json, types: _Types) -> None:
@@ -326,6 +337,4 @@ def _teacher(data: Json | None) -> TeacherAnswer | None:
         return None
     _check(data, _TEACHER_TYPES)
     _check_choices(data["choices"])
-    return TeacherAnswer(
-        **{field.name: data[field.name] for field in fields(TeacherAnswer) if field.name in data}
-    )
+    return TeacherAnswer(**{name: data[name] for name in TEACHER_FIELDS if name in data})

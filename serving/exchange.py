@@ -122,16 +122,20 @@ class Exchange:
         """
         if data["schema"] != SCHEMA:
             raise ValueError(f"exchange has schema {data['schema']!r}, this version reads {SCHEMA}")
-        known = {name: data[name] for name in _EXCHANGE_FIELDS if name in data}
+        known = {name: data[name] for name in EXCHANGE_FIELDS if name in data}
         if known.get("teacher") is not None:
-            known["teacher"] = TeacherAnswer(**_only(TeacherAnswer, known["teacher"]))
+            known["teacher"] = TeacherAnswer(**_only(TEACHER_FIELDS, known["teacher"]))
         if known.get("student") is not None:
-            known["student"] = StudentAnswer(**_only(StudentAnswer, known["student"]))
+            known["student"] = StudentAnswer(**_only(STUDENT_FIELDS, known["student"]))
         return cls(**known)
 
 
-_EXCHANGE_FIELDS = tuple(f.name for f in dataclasses.fields(Exchange))
+EXCHANGE_FIELDS, TEACHER_FIELDS, STUDENT_FIELDS = (
+    tuple(field.name for field in dataclasses.fields(kind))
+    for kind in (Exchange, TeacherAnswer, StudentAnswer)
+)
+"""Looking them up costs more than to write the event they make."""
 
 
-def _only(kind: type[TeacherAnswer] | type[StudentAnswer], data: Json) -> Json:
-    return {f.name: data[f.name] for f in dataclasses.fields(kind) if f.name in data}
+def _only(names: tuple[str, ...], data: Json) -> Json:
+    return {name: data[name] for name in names if name in data}
