@@ -31,10 +31,19 @@ _FLEETING = ("tmpfs", "ramfs", "overlay")
 
 def check_sources(file: Path) -> list[Finding]:
     """Say what was read: a forgotten file or variable explains much."""
-    variables = ", ".join(sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX)))
+    variables = ", ".join(sorted(name for name in os.environ if _is_setting(name)))
     beside = f"; over it go {variables}" if variables else ""
     where = f"read from {file}" if file.is_file() else f"there is no {file}: every key has its default"
     return [Finding("file", "ok", where + beside)]
+
+
+def _is_setting(variable: str) -> bool:
+    """Tell settings from other variables that begin alike."""
+    name = variable.upper()
+    return (
+        name.startswith(ENV_PREFIX)
+        and name[len(ENV_PREFIX) :].lower().partition("__")[0] in Settings.model_fields
+    )
 
 
 def check_configuration(settings: Settings) -> list[Finding]:

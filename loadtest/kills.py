@@ -30,7 +30,16 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.processes import find_processes, is_running
-from loadtest.stack import KEY_VARIABLE, Child, Plan, StackError, configuration, start_gateway, start_stand_in
+from loadtest.stack import (
+    KEY_VARIABLE,
+    Child,
+    Plan,
+    StackError,
+    configuration,
+    start_gateway,
+    start_stand_in,
+    stoppable,
+)
 from serving.exchange import Exchange, Json
 from serving.log import LogReader, seal_abandoned
 from serving.recording import Recorded, Recording
@@ -364,7 +373,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     campaign = Campaign(kills=options.kills, workers=options.workers, seed=options.seed)
-    with tempfile.TemporaryDirectory(prefix="understudy-kills-") as work:
+    with stoppable(), tempfile.TemporaryDirectory(prefix="understudy-kills-") as work:
         casualties = run_campaign(campaign, Path(work), Console(stderr=True))
     if options.json:
         print(json.dumps(casualties.to_json()))

@@ -166,17 +166,10 @@ class Child:
 
 @contextlib.contextmanager
 def running(plan: Plan) -> Iterator[Stack]:
-    """Run a stack while the context lasts. Raises StackError, with the last words of what can't start.
-
-    A SIGTERM becomes a KeyboardInterrupt meanwhile (in the main thread), so that nothing is left behind.
-    """
+    """Run a stack while the context lasts. Raises StackError, with the last words of what can't start."""
     plan.work.mkdir(parents=True, exist_ok=True)
     children: list[Child] = []
-    before = signal.getsignal(signal.SIGTERM)
-    in_main = threading.current_thread() is threading.main_thread()
-    try:
-        if in_main:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with stoppable(), _stopped(children):
         options = ["--model", plan.model, *plan.stand_in_options]
         if plan.latency_ms is not None:
             options += ["--latency-ms", str(plan.latency_ms)]
@@ -188,11 +181,28 @@ def running(plan: Plan) -> Iterator[Stack]:
         gateway, base_url = start_gateway(config, plan.work / "gateway.log")
         children.append(gateway)
         yield Stack(base_url, stand_in_url, config, state_dir, children)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Have a SIGTERM become a KeyboardInterrupt (in the main thread), so that no child process is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _stopped(children: list[Child]) -> Iterator[None]:
+    try:
+        yield
     finally:
         for child in reversed(children):  # the gateway first: it may still owe audits to its teacher
             child.stop()
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
 
 
 def start_stand_in(recording: Path, log: Path, *options: str) -> tuple[Child, str]:

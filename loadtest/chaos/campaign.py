@@ -22,6 +22,7 @@ from loadtest.chaos.faults import FAULTS, Fault
 from loadtest.chaos.stage import Stage, staged
 from loadtest.chaos.traffic import Receipt, Traffic, recorded
 from loadtest.kills import Campaign, Victim, run_campaign
+from loadtest.stack import stoppable
 from serving.errors import UnderstudyError
 from serving.exchange import Exchange
 
@@ -67,11 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     console = Console()
     try:
-        with tempfile.TemporaryDirectory(prefix="understudy-chaos-") as folder:
+        with stoppable(), tempfile.TemporaryDirectory(prefix="understudy-chaos-") as folder:
             work = options.keep or Path(folder)
             found = asyncio.run(campaign(work, faults, options.rate, console))
             if with_kills:
                 found.append(killed(work / "kills", options.kills, console))
+    except KeyboardInterrupt:
+        print("chaos: stopped", file=sys.stderr)
+        return 130
     except (UnderstudyError, OSError) as error:
         print(f"chaos: {error}", file=sys.stderr)
         return 2
