@@ -85,6 +85,11 @@ def print_erasure(erasure: Erasure, *, dry_run: bool, cache_ttl_s: float) -> Non
             print(f"{task}: release {release}: {known}")
     if not erasure.tasks:
         print("nothing found")
+    if erasure.unrecognisable:
+        print(
+            f"WARNING: in {erasure.unrecognisable:,} exchanges log.redact had replaced the end user's id: whether they "
+            "are this user's can't be told, and they stay; erase them by tenant"
+        )
     for line in erasure.left:
         print(f"NOT ERASED: {line}; run this again")
     if dry_run or not erasure.tasks:

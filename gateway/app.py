@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import tempfile
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from gateway.auth import AdminGate
 from gateway.client import Client, request_id_of
 from gateway.envelope import internal_error, stopping
 from gateway.keeper import Keeper
+from gateway.log_probe import LogProbe
 from gateway.parts import (
     Lasting,
     Parts,
@@ -56,6 +56,7 @@ class Gateway:
         self._config_path = config_path
         self._disk = disk
         self._draining = False
+        self._log_probe = LogProbe(settings.state_dir)
         self._lasting: Lasting | None = None
         self._generation: Generation[Parts] | None = None
         self._keeper: Keeper | None = None
@@ -157,7 +158,7 @@ class Gateway:
         generation, lasting = self._generation, self._lasting
         if generation is None or lasting is None:
             return Readiness("starting")
-        problem = await asyncio.to_thread(_log_problem, self._settings.state_dir)
+        problem = await self._log_probe.problem()
         details: dict[str, str | int] = {
             "log": problem or "writable",
             "tasks": len(generation.parts.tasks.names()),
@@ -221,16 +222,6 @@ async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
-
-
-def _log_problem(state_dir: Path) -> str | None:
-    """Say why the log can't be written, by writing beside it; None when it can."""
-    try:
-        with tempfile.TemporaryFile(dir=state_dir / "tasks") as file:
-            file.write(b"ready")
-    except OSError as error:
-        return f"the state directory isn't writable: {error.strerror}"
-    return None
 
 
 def _with_request_id(scope: Scope, send: Send) -> Send:

@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,6 +40,10 @@ NOTICED_WITHIN_S = 1.5
 _STRAGGLERS_S = 3600.0
 """An exchange older than this, whose audit isn't owed, gets no more events."""
 
+_REDACTED_REQUEST = b'"redacted":["request"'
+_MARK = re.compile(r"\[[^\[\]]+\]")
+"""What `log.redact` leaves in the place of something: the name of its kind (serving.redaction)."""
+
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the bytes there are to read."""
 
@@ -60,10 +65,20 @@ class Whose:
             request = {}
         if self.tenant is not None and event.get("tenant") != self.tenant:
             return False
-        metadata = request.get("metadata")
-        named = [request.get("user"), request.get("safety_identifier")]
-        named.append(metadata.get("user_id") if isinstance(metadata, dict) else None)
-        return self.user is None or self.user in named
+        return self.user is None or self.user in _end_users(request)
+
+    def may_own_redacted(self, line: bytes) -> bool:
+        """Whether a line is an exchange that may be of theirs, but that their id was replaced by a mark."""
+        if self.user is None or _REDACTED_REQUEST not in line:
+            return False
+        event = decode(line)
+        if event is None or event.get("event") != "answered":
+            return False
+        if self.tenant is not None and event.get("tenant") != self.tenant:
+            return False
+        request = event.get("request")
+        named = _end_users(request) if isinstance(request, dict) else []
+        return any(isinstance(name, str) and _MARK.search(name) for name in named)
 
     def may_own(self, line: bytes) -> bool:
         """Whether a line, whole or damaged, may be of theirs: cheap, and never wrongly False for a whole one."""
@@ -71,6 +86,12 @@ class Whose:
             return False
         # Written by orjson, or (a request nested very deeply) by the standard library.
         return self.user is None or orjson.dumps(self.user) in line or json.dumps(self.user).encode() in line
+
+
+def _end_users(request: Json) -> list[object]:
+    metadata = request.get("metadata")
+    inner = metadata.get("user_id") if isinstance(metadata, dict) else None
+    return [request.get("user"), request.get("safety_identifier"), inner]
 
 
 @dataclass(slots=True)
@@ -93,10 +114,15 @@ class Erased:
 
 @dataclass(slots=True)
 class Erasure:
-    """What came of it, by task. `left` says what could not be erased, in a line each; empty: everything was."""
+    """What came of it, by task. `left` says what could not be erased, in a line each; empty: everything was.
+
+    `unrecognisable` are the exchanges whose end user's id was replaced by `log.redact` before they were logged: some
+    may be those of the user that was named, which nobody can tell.
+    """
 
     tasks: dict[str, Erased] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
+    unrecognisable: int = 0
 
 
 def forget(
@@ -165,6 +191,7 @@ class _Forgetting:
         for task, found in paths.items():
             for path in found:
                 for line in self._lines(path):
+                    self.erasure.unrecognisable += self._whose.may_own_redacted(line)
                     if self._whose.may_own(line) and self._take(task, line) and decode(line) is None:
                         self.erasure.tasks[task].damaged += 1
 

@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serving.events import answered
 from serving.log import LogReader
+from serving.redaction import Redactor
 from serving.tenant import tenant_of
 
 Start = Callable[..., Any]
@@ -86,3 +89,24 @@ def test_what_cant_be_meant_is_said_in_one_line(folder: Path, options: list[str]
     assert done.stderr.count("\n") == 1
     assert KEY not in done.stderr
     assert left(folder) == 3
+
+
+def test_ids_that_were_redacted_are_told_of(tmp_path: Path, write_log: Start, exchanges: Start) -> None:
+    """They can't be recognised: to report success would be wrong."""
+    requests = [
+        {"model": "m", "messages": [], "user": "someone@example.org"},
+        {"model": "m", "messages": [], "metadata": {"user_id": "x someone@example.org"}},
+        {"model": "m", "messages": [{"role": "user", "content": "to a@example.org"}], "user": "u7"},
+    ]
+    redactor = Redactor(["email"])
+    logged = []
+    for number, request in enumerate(requests):
+        (made,) = exchanges([("t", "lost")], start=1_000_000.0 + number, request=request)
+        event = redactor.event(answered(made))
+        logged.append(replace(made, request=event["request"], redacted=event["redacted"]))
+    write_log(logged)
+    told = forget(tmp_path, "--user", "someone@example.org", "--json")
+    assert (told.returncode, json.loads(told.stdout)["unrecognisable"]) == (0, 2)
+    told = forget(tmp_path, "--user", "someone@example.org")
+    assert "WARNING: in 2 exchanges log.redact had replaced the end user's id" in told.stdout
+    assert json.loads(forget(tmp_path, "--tenant", "b" * 16, "--json").stdout)["unrecognisable"] == 0

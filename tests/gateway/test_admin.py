@@ -69,7 +69,9 @@ def test_loopback_is_told_from_the_rest(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
 
 
-def test_a_log_that_cant_be_written_takes_no_gateway_out(stand_in: Start, gateway: Start) -> None:
+def test_a_log_that_cant_be_written_takes_no_gateway_out(
+    stand_in: Start, gateway: Start, eventually: Start
+) -> None:
     running = gateway(stand_in({"hello": "x"}).url)
     tasks = running.state_dir / "tasks"
     tasks.rename(running.state_dir / "away")
@@ -80,4 +82,4 @@ def test_a_log_that_cant_be_written_takes_no_gateway_out(stand_in: Start, gatewa
         assert ready.json()["log"].startswith("the state directory isn't writable: ")
     finally:
         (running.state_dir / "away").rename(tasks)
-    assert running.get("/readyz").json()["status"] == "ready"
+    eventually(lambda: running.get("/readyz").json()["status"] == "ready")
