@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis
 import numpy as np
 import openai
 import pytest
@@ -42,6 +43,10 @@ from serving.stand_in import StandIn, create_stand_in
 from serving.stand_in_call import StandInHttp
 
 TEACHER_KEY = "teacher-key"
+
+# How fast examples are made says how busy the machine is, and nothing about the code.
+hypothesis.settings.register_profile("any-machine", suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("any-machine")
 
 App = Callable[..., Any]
 Require = Callable[[str], None]

@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             work = options.keep or Path(folder)
             found = asyncio.run(campaign(work, faults, options.rate, console))
             if with_kills:
+                print_table(found, console, markdown=options.markdown)  # the kills take minutes
                 found.append(killed(work / "kills", options.kills, console))
     except KeyboardInterrupt:
         print("chaos: stopped", file=sys.stderr)
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UnderstudyError, OSError) as error:
         print(f"chaos: {error}", file=sys.stderr)
         return 2
-    console.print(markdown(found) if options.markdown else render(found), soft_wrap=True)
+    print_table(found, console, markdown=options.markdown)
     for finding in found:
         if finding.note:
             console.print(f"{finding.fault}: clients saw {finding.note}", soft_wrap=True)
@@ -112,7 +113,7 @@ async def campaign(folder: Path, faults: Sequence[Fault], rate: float, console: 
 def killed(folder: Path, kills: int, console: Console) -> Finding:
     """Kill workers, keeper, supervisor and all at once, at random moments; hold the log against the clients' ledger."""
     folder.mkdir()
-    plan = Campaign(kills=kills, pause_s=(0.05, 0.4), answers_between=8, victims=_VICTIMS)
+    plan = Campaign(kills=kills, workers=4, pause_s=(0.05, 0.4), answers_between=8, victims=_VICTIMS)
     came = run_campaign(plan, folder, console)
     return Finding(
         fault=f"{kills} × SIGKILL: workers, keeper, supervisor, all",
@@ -205,6 +206,11 @@ def _back_after(fault: Fault, receipts: Sequence[Receipt], mended: float) -> flo
     return max(last_failure, min(answered) if fault.awaited else 0.0)
 
 
+def print_table(found: Sequence[Finding], console: Console, *, markdown: bool) -> None:
+    """Print the campaign's table."""
+    console.print(written(found) if markdown else render(found), soft_wrap=True)
+
+
 def render(found: Sequence[Finding]) -> Table:
     """Return the campaign's table for a terminal."""
     table = Table(title="What a fault does", title_justify="left", title_style="bold")
@@ -217,7 +223,7 @@ def render(found: Sequence[Finding]) -> Table:
     return table
 
 
-def markdown(found: Sequence[Finding]) -> str:
+def written(found: Sequence[Finding]) -> str:
     """Return the campaign's table as it stands in the README."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     return "\n".join([*lines, *(f"| {' | '.join(row(finding))} |" for finding in found)])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.chaos.campaign import main, markdown
+from loadtest.chaos.campaign import main, written
 from loadtest.chaos.evidence import Finding, added, errors, logged, lost, recovery
 from loadtest.chaos.link import Fault, linked
 from loadtest.chaos.stage import configuration
@@ -70,7 +70,7 @@ def test_latency_and_recovery() -> None:
 
 def test_the_table_says_never() -> None:
     finding = Finding("Redis dead", 1_000, 2, 0, 0, 0.001, None, None)
-    assert markdown([finding]).splitlines()[-1] == "| Redis dead | 1,000 | 2 | 0 | 0 | +1.0 ms | – | never |"
+    assert written([finding]).splitlines()[-1] == "| Redis dead | 1,000 | 2 | 0 | 0 | +1.0 ms | – | never |"
 
 
 @pytest.mark.parametrize(
