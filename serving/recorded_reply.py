@@ -7,6 +7,7 @@ Log-probabilities are sent where they were asked for and recorded; otherwise `lo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import orjson
@@ -35,7 +36,11 @@ class Reply:
         }
         options = request.get("stream_options")
         self._include_usage = isinstance(options, dict) and options.get("include_usage") is True
-        self._deltas = list(deltas(row))
+
+    @functools.cached_property
+    def _deltas(self) -> list[Json]:
+        """Only a stream needs them, and of a long answer there are many."""
+        return list(deltas(self._row))
 
     @property
     def length(self) -> int:

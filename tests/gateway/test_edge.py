@@ -324,13 +324,13 @@ def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(
     listen: Start, workers: list[Worker], eventually: Start, stream: bool
 ) -> None:
     """Else it holds the answer's memory, a place at the teacher and a connection for as long as it likes."""
-    connect = listen(receive_timeout_s=0.5, answer="word " * (200_000 if stream else 4_000_000))
+    connect = listen(receive_timeout_s=0.5, answer="word " * (100_000 if stream else 3_000_000))
     asked = json.dumps({**json.loads(BODY), "stream": stream}).encode()
     stalled, patient = connect(), connect()
     for connection in (stalled, patient):
         connection.sendall(CHAT + b"content-length: %d\r\n\r\n%s" % (len(asked), asked))
     read = 0
-    while read < 20_000_000:  # slowly, but on and on
+    while read < 15_000_000:  # slowly, but on and on
         piece = patient.recv(200_000)
         read += len(piece)
         assert piece
