@@ -24,7 +24,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
@@ -162,17 +162,7 @@ class TracedTeacher(Teacher):
         on_asked: OnAsked | None = None,
     ) -> TeacherReply:
         """As `Teacher.complete`."""
-        asked = _current.get()
-        if asked is None:
-            return await super().complete(
-                request,
-                authorization=authorization,
-                request_id=request_id,
-                headers=headers,
-                background=background,
-                on_asked=on_asked,
-            )
-        with _asking(asked, f"chat {request['model']}", _of_request(request, stream=False)) as span:
+        with _asking(f"chat {request['model']}", _of_request(request, stream=False)) as span:
             reply = await super().complete(
                 request,
                 authorization=authorization,
@@ -195,18 +185,7 @@ class TracedTeacher(Teacher):
         on_asked: OnAsked | None = None,
     ) -> AsyncIterator[TeacherStream]:
         """As `Teacher.stream`."""
-        asked = _current.get()
-        if asked is None:
-            async with super().stream(
-                request,
-                authorization=authorization,
-                request_id=request_id,
-                headers=headers,
-                on_asked=on_asked,
-            ) as stream:
-                yield stream
-            return
-        with _asking(asked, f"chat {request['model']}", _of_request(request, stream=True)) as span:
+        with _asking(f"chat {request['model']}", _of_request(request, stream=True)) as span:
             async with super().stream(
                 request,
                 authorization=authorization,
@@ -229,10 +208,7 @@ class TracedTeacher(Teacher):
         authorization: str | None,
     ) -> UpstreamResponse:
         """As `Teacher.forward`. The span ends with the head of the answer."""
-        asked = _current.get()
-        if asked is None:
-            return await super().forward(method, target, headers, body, authorization=authorization)
-        with _asking(asked, method, {"http.request.method": method}) as span:
+        with _asking(method, {"http.request.method": method}) as span:
             response = await super().forward(
                 method, target, _with_trace(headers, span), body, authorization=authorization
             )
@@ -243,9 +219,10 @@ class TracedTeacher(Teacher):
 
 
 @contextmanager
-def _asking(request: _Request, name: str, attributes: Attributes) -> Iterator[Span]:
-    """Start a span and end it, with what went wrong on the way."""
-    span = request.ask(name, attributes)
+def _asking(name: str, attributes: Attributes) -> Iterator[Span]:
+    """Start a span and end it, with what went wrong on the way; one that is none where no request asks."""
+    request = _current.get()
+    span = INVALID_SPAN if request is None else request.ask(name, attributes)
     try:
         yield span
     except UpstreamRefused as error:
@@ -273,6 +250,8 @@ def _note_stream(span: Span, stream: TeacherStream) -> None:
 
 def _with_trace(headers: Headers, span: Span) -> Headers:
     """Put our span where the client's was: it is the teacher's parent now."""
+    if span is INVALID_SPAN:
+        return headers
     carrier: dict[str, str] = {}
     _W3C.inject(carrier, context=set_span_in_context(span))
     return [*((name, value) for name, value in headers if name not in _TRACE_HEADERS), *carrier.items()]
