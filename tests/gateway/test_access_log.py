@@ -2,13 +2,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,53 +149,13 @@ def test_other_paths_have_a_line_and_the_teacher_the_same_id(
 # The whole process
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Start]:
-    """Run `understudy serve`; gives the child, its stderr in a file."""
-    children: list[subprocess.Popen[str]] = []
-
-    def start(config: str, *options: str, **env: str) -> subprocess.Popen[str]:
-        (tmp_path / "understudy.toml").write_text(config)
-        with (tmp_path / "stderr").open("w") as stderr:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "understudy", "serve", "--port", "0", *options],
-                cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **env},
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-            )
-        children.append(child)
-        return child
-
-    yield start
-    for child in children:
-        child.kill()
-        child.communicate()
-
-
-def url_of(child: subprocess.Popen[str]) -> str:
-    assert child.stdout is not None
-    found = re.search(r"http://\S+", child.stdout.readline())
-    assert found is not None
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            if httpx.get(f"{found.group()}/readyz", timeout=5).status_code == 200:
-                return found.group()
-        except httpx.TransportError:
-            pass
-        assert time.monotonic() < deadline, "not ready in time"
-        time.sleep(0.05)
-
-
 def test_every_line_of_a_real_server_is_json(
-    run: Start, stand_in: Start, write_log: Start, exchanges: Start, tmp_path: Path
+    serving: Start, stand_in: Start, write_log: Start, exchanges: Start
 ) -> None:
     write_log(exchanges([("a parcel", "lost")] * 3))
     rules = Rule(Failure(status=500), text="a fault"), Rule(Failure(break_after=1), text="a break")
     teacher = stand_in({"hello": "x", "a break": "y"}, failures=Failures(rules))
-    child = run(
+    running = serving(
         f"""
         [observe]
         log_format = "json"
@@ -214,28 +170,27 @@ def test_every_line_of_a_real_server_is_json(
         max_retries = 0
         """,
     )
-    url = url_of(child)
     for text in ("hello", "a fault", "a break"):
         for stream in (False, True):
             body = {**BODY, "messages": [{"role": "user", "content": text}], "stream": stream}
-            httpx.post(f"{url}/v1/chat/completions", json=body, headers=HEADERS)
-    httpx.get(f"{url}/v1/models", headers=HEADERS)
+            httpx.post(f"{running.url}/v1/chat/completions", json=body, headers=HEADERS)
+    httpx.get(f"{running.url}/v1/models", headers=HEADERS)
 
     def entries() -> list[dict[str, Any]]:
         # The last line may be half written.
-        return [json.loads(line) for line in (tmp_path / "stderr").read_text().split("\n")[:-1]]
+        return [json.loads(line) for line in running.stderr.split("\n")[:-1]]
 
     # A process of its own, which a busy machine starts slowly.
     deadline = time.monotonic() + 60
     while not any(entry["message"].startswith("learn: ") for entry in entries()):
         assert time.monotonic() < deadline, "nothing was learned"
         time.sleep(0.1)
-    child.send_signal(signal.SIGTERM)
-    child.wait(timeout=30)
+    running.child.send_signal(signal.SIGTERM)
+    running.child.wait(timeout=30)
     written = entries()
     assert all({"time", "level", "logger", "message"} <= set(entry) for entry in written)
     requests = [entry for entry in written if entry["logger"] == "understudy.access"]
     assert len({entry["request_id"] for entry in requests}) == len(requests) == 7, "one line a request"
-    text = (tmp_path / "stderr").read_text()
+    text = running.stderr
     assert SECRET not in text
     assert "a fault" not in text, "never content"
