@@ -102,7 +102,7 @@ class Sharing:
         return await self._lead(turn, key, control)
 
     def _hit(self, turn: Turn, answer: CachedAnswer) -> Reply:
-        turn.replay(answer, "hit")
+        turn.replay(answer, names.REASON_HIT)
         age = (names.AGE_HEADER, str(int(answer.age_s(time.time()))))
         completion = _own(turn, answer)
         self._settle(turn)
@@ -165,7 +165,7 @@ class Sharing:
         headers: Headers = [] if follows else flight.headers
         if follows:
             turn.task = flight.turn.task
-            turn.replay(flight.answer or flight.turn.kept({}, at=0.0), "joined")
+            turn.replay(flight.answer or flight.turn.kept({}, at=0.0), names.REASON_JOINED)
         if turn.chat.stream:
 
             async def leave() -> None:
@@ -208,7 +208,7 @@ class Sharing:
             yield self._presenter.broken(turn, flight.error or RuntimeError("no answer"))
             return
         if follows:
-            turn.replay(flight.answer, "joined")
+            turn.replay(flight.answer, names.REASON_JOINED)
             self._settle(turn)
         yield SSE_DONE
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass, field
-from typing import Literal
 
 from gateway import names
 from gateway.auth import Caller
@@ -107,7 +106,7 @@ class Turn:
         """Whether the exchange is one of those that the promise speaks of (STATISTICS.md §1)."""
         return self.eligible and not self.spoiled
 
-    def replay(self, answer: CachedAnswer, how: Literal["hit", "joined"]) -> None:
+    def replay(self, answer: CachedAnswer, reason: str) -> None:
         """Take over an answer given to another request: a request of its own, with a coin of its own.
 
         Of an answer of the student's the teacher's is left out: whether it was audited is for this request's
@@ -115,7 +114,7 @@ class Turn:
         """
         self.route = "cache"
         self.origin = answer.origin
-        self.reason = f"{how}:{answer.origin}"
+        self.reason = f"{reason}:{answer.origin}"
         self.spoiled = not answer.eligible
         self.student = answer.student
         self.teacher = answer.teacher if answer.origin == "teacher" else None
