@@ -47,6 +47,7 @@ def serve(
     tracing_of(settings)
     raise_file_limit()
     with ExitStack() as stack:
+        early = _note_early_hangups() if reread is not None else []
         listening = stack.enter_context(_bind(settings.server.host, settings.server.port))
         _check_state_dir(settings.state_dir)
         configure_logging(settings.observe.log_format)
@@ -60,11 +61,12 @@ def serve(
                 listening,
                 config_path=config_path,
                 reread=reread,
+                early=early,
             )
             code = supervisor.run()
         else:
             gateway = create_app(settings, config_path=config_path)
-            worker = Worker(gateway, settings, lambda worker: _obey_signals(worker, reread), Beat())
+            worker = Worker(gateway, settings, lambda worker: _obey_signals(worker, reread, early), Beat())
             relieve_collector()
             worker.run(sockets=[listening])
             code = 0 if worker.started else 3
@@ -97,7 +99,14 @@ def is_exposed(settings: Settings) -> bool:
     )
 
 
-def _obey_signals(worker: Worker, reread: Callable[[], Settings] | None) -> None:
+def _note_early_hangups() -> list[int]:
+    """Have SIGHUP noted in the list until somebody obeys it: left alone, it would end the process."""
+    early: list[int] = []
+    signal.signal(signal.SIGHUP, lambda number, _: early.append(number))
+    return early
+
+
+def _obey_signals(worker: Worker, reread: Callable[[], Settings] | None, early: list[int]) -> None:
     """Have the only worker hear the signals itself: the second that says stop means at once."""
     loop = asyncio.get_running_loop()
 
@@ -111,6 +120,8 @@ def _obey_signals(worker: Worker, reread: Callable[[], Settings] | None) -> None
     loop.add_signal_handler(signal.SIGINT, stop)
     if reread is not None:
         loop.add_signal_handler(signal.SIGHUP, worker.reload, reread)
+        if early:
+            worker.reload(reread)
 
 
 def _share_metrics(workers: int, stack: ExitStack) -> None:

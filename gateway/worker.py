@@ -89,7 +89,7 @@ class Worker(uvicorn.Server):
     def reload(self, read: Callable[[], Settings]) -> None:
         """Take in the configuration that `read` gives; if it can't be used, the old one stays."""
         self._wanted = read
-        if self._reloading is None:
+        if self._reloading is None and self.started:  # else `startup` does it: only what runs can be reloaded
             self._reloading = asyncio.get_running_loop().create_task(self._reload())
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -98,6 +98,8 @@ class Worker(uvicorn.Server):
         await super().startup(sockets)
         self._beat.beat()
         log.info("worker %d serves", os.getpid())
+        if self.started and self._wanted is not None:
+            self.reload(self._wanted)
 
     async def on_tick(self, counter: int) -> bool:
         """Do what uvicorn does ten times a second."""

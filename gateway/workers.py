@@ -22,7 +22,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -84,7 +84,7 @@ class _Post:
 class Supervisor:
     """Starts the workers, replaces those that die or hang, and passes on what it is told by signals.
 
-    `reread` reads the configuration again (SIGHUP).
+    `reread` reads the configuration again (SIGHUP); `early` holds the signals that came before `run`.
     """
 
     def __init__(
@@ -94,11 +94,13 @@ class Supervisor:
         *,
         config_path: Path | None,
         reread: Callable[[], Settings] | None,
+        early: list[int],
     ) -> None:
         self._settings = settings
         self._listening = listening
         self._config_path = config_path
         self._reread = reread
+        self._early = early
         self._posts: dict[int, _Post] = {}
         self._vacant: dict[int, tuple[float, int]] = {}
         self._ever_served = False
@@ -110,6 +112,8 @@ class Supervisor:
         with _signals() as signals:
             for place in range(self._settings.server.workers):
                 self._start(place, failures=0)
+            for received in self._early:
+                self._obey(received)
             looked = time.monotonic()
             while self._posts or self._deadline is None:
                 sentinels = [post.process.sentinel for post in self._posts.values()]
@@ -235,10 +239,9 @@ class _Signals:
 
     def take(self) -> list[int]:
         """Return what came in since the last time."""
-        try:
+        # The byte that wakes us is written before `note` is called: what comes in between is for the next time.
+        with suppress(BlockingIOError):
             self.wake.recv(4096)
-        except BlockingIOError:
-            return []
         received, self._received = self._received, []
         return received
 

@@ -229,3 +229,17 @@ def test_a_configuration_that_cant_be_used_changes_nothing(
     large = {**BODY, "user": "u" * 2000}
     answer = httpx.post(f"{running.url}/v1/chat/completions", json=large, verify=False)
     assert answer.status_code == 413
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_configuration_that_changes_while_the_gateway_starts_is_taken_in(
+    serving: Start, stand_in: Start, eventually: Start, workers: int
+) -> None:
+    teacher = stand_in({"hello": "x"})
+    running = serving(config(teacher.url, workers), wait=False)
+    running.config.write_text(config(teacher.url, workers, "max_body_bytes = 1024"))
+    running.child.send_signal(signal.SIGHUP)
+    eventually(lambda: running.stderr.count("the configuration was reloaded") == workers)
+    large = {**BODY, "user": "u" * 2000}
+    answer = httpx.post(f"{running.url}/v1/chat/completions", json=large, verify=False)
+    assert answer.status_code == 413
