@@ -1,1 +1,1 @@
-"""From log to release: dataset, training, evaluation, gate, economics."""
+"""From log to release: dataset, training, cross-fitting, gate, economics."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from distillation.cross_fit import CrossFit, cross_fit
 from distillation.dataset import Dataset
-from distillation.evaluation import CrossFit, cross_fit
 from distillation.past import PastRelease
 from routers.calibration import PlattCalibrator
 from routers.looks import spent, tested_grid

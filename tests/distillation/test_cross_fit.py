@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
+from distillation.cross_fit import FOLDS, cross_fit
 from distillation.dataset import Row, known_answers, token_estimate
-from distillation.evaluation import FOLDS, cross_fit
 from distillation.linear_training import TermCounts
 
 
