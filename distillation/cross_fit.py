@@ -24,11 +24,12 @@ FOLDS = 5
 class CrossFit:
     """What students that hadn't seen a row make of it, row by row.
 
-    `scores` float[n], `predicted` the keys of their answers, `agreed` bool[n] (a missing label never agrees), and
-    `student`, fitted on all rows: the one that would be released.
+    `scores` float[n], `signals` float[n] by name (NaN where there is none), `predicted` the keys of their answers,
+    `agreed` bool[n] (a missing label never agrees), and `student`, fitted on all rows: the one that would be released.
     """
 
     scores: NDArray[np.float64]
+    signals: dict[str, NDArray[np.float64]]
     predicted: list[str]
     agreed: NDArray[np.bool_]
     student: LinearStudent
@@ -58,6 +59,7 @@ def cross_fit(
     counts = TermCounts([row.text for row in rows])
     folds = np.random.default_rng(seed).permutation(len(rows)) % FOLDS
     scores = np.full(len(rows), -np.inf)
+    signals: dict[str, NDArray[np.float64]] = {}
     predicted = [""] * len(rows)
     for fold in range(FOLDS):
         progress(f"fitting on fold {fold + 1} of {FOLDS}")
@@ -68,9 +70,11 @@ def cross_fit(
         for index in np.flatnonzero(folds == fold):
             prediction = student.predict(rows[int(index)].text)
             scores[index] = prediction.score
+            for name, value in prediction.signals.items():
+                signals.setdefault(name, np.full(len(rows), np.nan))[index] = value
             predicted[index] = student.answers[prediction.index].key
     progress("fitting the student on all labels")
     everything = np.flatnonzero(teaches)
     student = counts.fit(everything, answers[everything], known, tokens, sees)
     agreed = np.array([key == row.answer for key, row in zip(predicted, rows, strict=True)], dtype=np.bool_)
-    return CrossFit(scores, predicted, agreed, student)
+    return CrossFit(scores, signals, predicted, agreed, student)

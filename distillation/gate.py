@@ -16,6 +16,7 @@ from distillation.cross_fit import CrossFit, cross_fit
 from distillation.dataset import Dataset
 from distillation.past import PastRelease
 from routers.calibration import PlattCalibrator
+from routers.confidence import Confidence
 from routers.looks import spent, tested_grid
 from routers.promise import Admission, Promise
 from routers.propensity import Period, pooled_propensity
@@ -63,23 +64,25 @@ def take_look(
     fitted = cross_fit(dataset.rows, seed=seed, sees=policy.student.sees, progress=progress)
     delta = spent(number, 1.0 - policy.certainty)
     forbidden = _forbidden(policy)
+    calibrator = PlattCalibrator().fit(fitted.scores, fitted.agreed, 1.0 / propensity)
+    confidence = Confidence.of_score(calibrator.slope_, calibrator.offset_)
+    ranks = confidence.ranks(fitted.scores, fitted.signals, fitted.predicted)
     # Answers that always go to the teacher are never served: they rank below everything.
-    scores = np.where([key in forbidden for key in fitted.predicted], -np.inf, fitted.scores)
+    served = np.where([key in forbidden for key in fitted.predicted], -np.inf, ranks)
     progress("testing the promise")
     promise = Promise(policy.max_disagreement, 1.0 - delta, seed=seed)
     grid = tested_grid(float((propensity.min() / propensity).sum()), promise.least_accepted)
-    admission = promise.admit(scores, fitted.agreed, propensity=propensity, grid=grid)
+    admission = promise.admit(served, fitted.agreed, propensity=propensity, grid=grid)
     candidate, coverage = None, None
     if admission.threshold is not None:
-        coverage = float(np.average(scores >= admission.threshold, weights=1.0 / propensity))
-        calibrator = PlattCalibrator().fit(fitted.scores, fitted.agreed, 1.0 / propensity)
+        coverage = float(np.average(served >= admission.threshold, weights=1.0 / propensity))
         candidate = PastRelease(
             student=fitted.student,
-            router=Router(admission.threshold, calibrator.slope_, calibrator.offset_, forbidden),
+            router=Router(confidence, admission.threshold, forbidden),
             held_out={
-                row.id: (float(score), key)
-                for row, score, key in zip(dataset.rows, fitted.scores, fitted.predicted, strict=True)
-                if np.isfinite(score)
+                row.id: (float(rank), key)
+                for row, rank, key in zip(dataset.rows, ranks, fitted.predicted, strict=True)
+                if np.isfinite(rank)
             },
         )
     return Look(

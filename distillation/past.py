@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import orjson
 
 from distillation.dataset import Row
-from routers.router import Router
+from routers.router import SCORE_SCHEMA, Router
 from serving.errors import DamagedRelease
 from serving.linear import LinearStudent
 from serving.releases import HELD_OUT_FILE, ReleaseStore
@@ -19,21 +19,24 @@ ROUTER_FILE = "router.json"
 
 @dataclass(frozen=True, slots=True)
 class PastRelease:
-    """A release's student, its router, and how it scored the rows it was fitted on.
+    """A release's student, its router, and how it ranked the rows it was fitted on.
 
-    `held_out` maps the ids of those rows to the score and answer key that cross-fitting gave them: the released
-    student itself has seen them and would be too sure.
+    `held_out` maps the ids of those rows to the rank and answer key that cross-fitting gave them: the released
+    student and confidence have seen them and would be too sure.
     """
 
     student: LinearStudent
     router: Router
     held_out: Mapping[str, tuple[float, str]]
-    _scored: dict[str, tuple[float, str]] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[str, tuple[float, Mapping[str, float], str]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def accepts(self, id: str, text: str) -> bool:
         """Whether the release would have answered, had it not been fitted on this exchange."""
-        scored = self.held_out.get(id)
-        return self.router.decide(*(self.score(text) if scored is None else scored)).accepted
+        ranked = self.held_out.get(id)
+        decision = self.router.decide(*self.predict(text)) if ranked is None else self.router.judge(*ranked)
+        return decision.accepted
 
     def accepts_row(self, row: Row) -> bool:
         """Whether the release would have answered a row's request, by what this release's own student sees of it."""
@@ -42,12 +45,13 @@ class PastRelease:
             return self.accepts(row.id, row.text)
         return unsupported(row.request, sees) is None and self.accepts(row.id, seen_text(row.request, sees))
 
-    def score(self, text: str) -> tuple[float, str]:
-        """The student's score and answer key for a text. Remembered: every look scores the whole log again."""
-        known = self._scored.get(text)
+    def predict(self, text: str) -> tuple[float, Mapping[str, float], str]:
+        """The student's score, signals and answer key for a text. Remembered: every look asks for the whole log."""
+        known = self._made.get(text)
         if known is None:
             prediction = self.student.predict(text)
-            known = self._scored[text] = prediction.score, self.student.answers[prediction.index].key
+            key = self.student.answers[prediction.index].key
+            known = self._made[text] = prediction.score, prediction.signals, key
         return known
 
     def files(self) -> dict[str, bytes]:
@@ -67,6 +71,9 @@ def read_past(store: ReleaseStore, task: str, name: str) -> PastRelease:
             id: (float(s), str(k)) for id, (s, k) in orjson.loads(release.files[HELD_OUT_FILE]).items()
         }
         router = Router.load(release.files[ROUTER_FILE])
+        if orjson.loads(release.files[ROUTER_FILE])["schema"] == SCORE_SCHEMA:
+            # Such a release remembers scores; its confidence turns them into ranks.
+            held_out = {id: (router.confidence.rank(s, {}, k), k) for id, (s, k) in held_out.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedRelease(
             f"release {name} of task {task}: {HELD_OUT_FILE} can't be read: {error}"

@@ -32,7 +32,7 @@ def report_card(look: Look, dataset: Dataset, policy: TaskPolicy, *, releases_so
         "unseen_chance": unseen_chance(dataset.answers),
         "agreement": look.agreement,
         "coverage": look.coverage,
-        "score_threshold": look.admission.threshold,
+        "rank_threshold": look.admission.threshold,
         "threshold": router.threshold if router is not None else None,
         "levels": [asdict(level) for level in look.admission.levels],
         "worst_answers": [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,10 +32,10 @@ class SimulatedRelease:
         """The release's router."""
         return self.release.router
 
-    def predict(self, text: str) -> tuple[str, float]:
-        """The student's answer and score."""
-        score, answer = self.release.score(text)
-        return answer, score
+    def predict(self, text: str) -> tuple[str, float, Mapping[str, float]]:
+        """The student's answer, score and signals."""
+        score, signals, answer = self.release.predict(text)
+        return answer, score, signals
 
 
 @dataclass(slots=True)

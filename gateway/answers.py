@@ -150,7 +150,8 @@ class Answers:
                     )
                 return f"{names.REASON_UNSUPPORTED}:{feature}"
             answer = await release.student.answer(seen)
-            decision = release.router.decide(answer.score, release.comparison.key(answer.choices))
+            key = release.comparison.key(answer.choices)
+            decision = release.router.decide(answer.score, answer.signals, key)
         except RequestError:
             raise
         except Exception as error:

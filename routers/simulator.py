@@ -8,7 +8,7 @@ failures (STATISTICS.md) are learners and policies that break one rule.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -34,8 +34,8 @@ class LiveStudent(Protocol):
         """The release's router."""
         ...
 
-    def predict(self, text: str) -> tuple[str, float]:
-        """The student's answer to a text, and its score."""
+    def predict(self, text: str) -> tuple[str, float, Mapping[str, float]]:
+        """The student's answer to a text, its score and its signals."""
         ...
 
 
@@ -114,11 +114,11 @@ def simulate(
         coin = coins.random() < audit
         exchange = _arrived(number, message, name, coin, audit)
         if live is not None:
-            answer, score = live.predict(message.text)
-            decision = live.router.decide(score, answer)
+            answer, score, signals = live.predict(message.text)
+            decision = live.router.decide(score, signals, answer)
             exchange = replace(
                 exchange,
-                student=_student(answer, score),
+                student=_student(answer, score, signals),
                 confidence=decision.confidence,
                 reason=decision.reason,
             )
@@ -150,8 +150,8 @@ def simulate(
 def _hindsight(name: str, live: LiveStudent, rest: Sequence[Message], after: int) -> Kept:
     kept = Kept(name, after, len(rest), 0, 0)
     for message in rest:
-        answer, score = live.predict(message.text)
-        if live.router.decide(score, answer).accepted:
+        answer, score, signals = live.predict(message.text)
+        if live.router.decide(score, signals, answer).accepted:
             kept.answered += 1
             kept.disagreed += answer != message.teacher
     return kept
@@ -182,5 +182,5 @@ def _teacher(message: Message) -> TeacherAnswer:
     return TeacherAnswer("teacher", _choices(message.teacher), None, 0.0, trainable=True)
 
 
-def _student(answer: str, score: float) -> StudentAnswer:
-    return StudentAnswer("student", _choices(answer), None, 0.0, score)
+def _student(answer: str, score: float, signals: Mapping[str, float]) -> StudentAnswer:
+    return StudentAnswer("student", _choices(answer), None, 0.0, score, signals=dict(signals))

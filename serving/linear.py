@@ -79,6 +79,11 @@ class Prediction:
     probability: float
     entropy: float
 
+    @property
+    def signals(self) -> dict[str, float]:
+        """What the student says of itself beside its score."""
+        return {"probability": self.probability, "entropy": self.entropy}
+
 
 class LinearStudent:
     """A fitted linear student. Deterministic: the same text always gives the same bytes."""
@@ -158,7 +163,7 @@ class LinearStudent:
             },
             latency_s=time.perf_counter() - started,
             score=prediction.score,
-            signals={"probability": prediction.probability, "entropy": prediction.entropy},
+            signals=prediction.signals,
         )
 
     async def aclose(self) -> None:

@@ -29,6 +29,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from routers.confidence import Confidence
 from routers.router import Router
 from serving.disk import Disk
 from serving.events import answered
@@ -449,7 +450,7 @@ def publish() -> Callable[..., str]:
             answers=[KnownAnswer(answer, [_choice(answer)], 3) for answer in answers.values()],
             tokens=TokenEstimate(fixed=8.0, per_character=0.25),
         )
-        router = Router(score_threshold=3.0, slope=1.0, offset=-2.0)
+        router = Router(Confidence.of_score(slope=1.0, offset=-2.0), rank_threshold=1.0)
         store = ReleaseStore(state_dir)
         files = {**student.files(), "router.json": router.dump()}
         name = store.write(task, files, {"student": "linear"})

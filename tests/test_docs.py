@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import typing
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pydantic.fields import FieldInfo
 import understudy
 from gateway import names
 from gateway.metrics import Metrics
+from routers.confidence import Confidence
 from routers.router import Router
 from serving.configuration import load_settings
 from serving.settings import ENV_PREFIX, Settings, TaskPolicy, TaskSettings
@@ -124,8 +126,9 @@ def test_response_headers_are_those_that_are_sent(stand_in: Any, gateway: Any, p
 
 
 def test_reasons_are_documented_both_ways() -> None:
-    router = Router(score_threshold=0.0, slope=1.0, offset=0.0, always_escalate=frozenset({"never"}))
-    decided = {router.decide(1.0).reason, router.decide(-1.0).reason, router.decide(1.0, "never").reason}
+    router = Router(Confidence.of_score(1.0, 0.0), rank_threshold=0.0, always_escalate=frozenset({"never"}))
+    decided = {router.decide(score, {}, "answer").reason for score in (1.0, -1.0, math.nan)}
+    decided.add(router.decide(1.0, {}, "never").reason)
     declared = {value for key, value in vars(names).items() if re.match("REASON_(?!HEADER)", key)}
     documented = {row[0] for row in table(section("Headers"), "reason")}
     assert documented == declared | decided

@@ -22,6 +22,7 @@ from loadtest.chaos.link import Link, linked
 from loadtest.chaos.traffic import MODEL, STUDENT_TOPICS, Message
 from loadtest.processes import Processes, find_processes
 from loadtest.stack import KEY_VARIABLE, Child, StackError, start_gateway, start_stand_in
+from routers.confidence import Confidence
 from routers.router import Router
 from serving.linear import KnownAnswer, LinearStudent, TokenEstimate
 from serving.releases import ReleaseStore
@@ -204,7 +205,7 @@ def publish(state_dir: Path) -> None:
         answers=[KnownAnswer(topic, [_choice(topic)], 2) for topic in STUDENT_TOPICS],
         tokens=TokenEstimate(fixed=8.0, per_character=0.25),
     )
-    router = Router(score_threshold=_STUDENT_MARGIN, slope=1.0, offset=-2.0)
+    router = Router(Confidence.of_score(slope=1.0, offset=-2.0), rank_threshold=_STUDENT_MARGIN - 2.0)
     store = ReleaseStore(state_dir)
     files = {**student.files(), "router.json": router.dump()}
     store.set_live(TASK, store.write(TASK, files, {"student": "linear"}))

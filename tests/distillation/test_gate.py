@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import orjson
 import pytest
 
 from distillation.dataset import Dataset, Row, Traffic
 from distillation.due import not_due
 from distillation.gate import Look, take_look
 from distillation.past import PastRelease, read_past
+from routers.confidence import Confidence
 from routers.looks import PastLook, spent
 from routers.router import Router
 from serving.errors import DamagedRelease
@@ -52,7 +54,7 @@ class TestColdStart:
         assert found.coverage == 1.0
         assert found.agreement == 1.0
         assert found.delta == pytest.approx(spent(1, 0.1))
-        assert found.candidate.router.score_threshold == found.admission.threshold
+        assert found.candidate.router.rank_threshold == found.admission.threshold
         assert all(found.candidate.accepts(r.id, r.text) for r in labelled(120))
 
     def test_a_student_that_guesses_doesnt(self) -> None:
@@ -103,7 +105,7 @@ class TestAlwaysEscalate:
         accepted = {r.answer for r in rows if found.candidate.accepts(r.id, r.text)}
         assert accepted == {"card", "parcel"}
         assert found.coverage == pytest.approx(sum(r.answer != "refund" for r in rows) / 150)
-        decision = found.candidate.router.decide(99.0, "refund")
+        decision = found.candidate.router.decide(99.0, {}, "refund")
         assert (decision.accepted, decision.reason) == (False, "always_escalate")
 
     @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ class TestLaterLooks:
         zero = [r for _, r in self.traffic(60, None, wrong_every)]
         first = look(day_zero(labelled(90)))
         assert first.candidate is not None
-        router = Router(0.0, 1.0, 0.0, frozenset({"refund"}))
+        router = Router(Confidence.of_score(1.0, 0.0), 0.0, frozenset({"refund"}))
         later = self.traffic(510, "r0001", wrong_every)
         # Of 340 easy ones a twentieth was audited, wrong ones and right ones alike.
         easy = [r for is_easy, r in later if is_easy]
@@ -191,6 +193,28 @@ class TestPastRelease:
             *[(r.id, r.text) for r in labelled(150, noise=0.04)],
         ]
         assert [past.accepts(*t) for t in texts] == [found.candidate.accepts(*t) for t in texts]
+
+    def test_one_of_schema_1_decides_as_it_did(self, tmp_path: Any) -> None:
+        """It remembers scores instead of ranks, and its router compares scores."""
+        found = look(day_zero(labelled(90)))
+        assert found.candidate is not None
+        router = {
+            "schema": 1,
+            "score_threshold": 2.0,
+            "slope": 3.0,
+            "offset": -5.0,
+            "always_escalate": ["parcel"],
+        }
+        held_out = {"at": [2.0, "card"], "below": [1.999, "card"], "never": [9.0, "parcel"]}
+        files = found.candidate.files() | {
+            "router.json": orjson.dumps(router),
+            "held_out.json": orjson.dumps(held_out),
+        }
+        store = ReleaseStore(tmp_path)
+        past = read_past(store, "t", store.write("t", files, {"student": "linear"}))
+        assert [past.accepts(id, "where is my card") for id in held_out] == [True, False, False]
+        score, _, _ = past.predict("where is my card")
+        assert past.accepts("another", "where is my card") is (score >= 2.0)
 
     @pytest.mark.parametrize("held_out", [b"", b"[]", b'{"a": 1}', b'{"a": ["x", "y"]}', b'{"a": [1]}', None])
     def test_held_out_scores_that_cant_be_read(self, tmp_path: Any, held_out: bytes | None) -> None:

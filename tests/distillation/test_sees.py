@@ -14,6 +14,7 @@ from distillation.dataset import build_dataset
 from distillation.economics import summarise
 from distillation.learning import Lesson, learn
 from distillation.past import PastRelease
+from routers.confidence import Confidence
 from routers.router import Router
 from serving.agreement import comparison
 from serving.exchange import Exchange, Json
@@ -88,7 +89,7 @@ def test_what_an_earlier_student_couldnt_serve_is_labelled_for_certain(talks: li
     dataset = build_dataset(during, exact, "last")
     assert len(dataset.rows) == 10
     assert dataset.traffic["r0001"].accepted == 0
-    past = PastRelease(sure_student(), Router(score_threshold=-1.0, slope=1.0, offset=0.0), {})
+    past = PastRelease(sure_student(), Router(Confidence.of_score(1.0, 0.0), -1.0), {})
     assert past.accepts("x", "yes"), "it is sure of everything it sees"
     assert not any(past.accepts_row(row) for row in dataset.rows)
 

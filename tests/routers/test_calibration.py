@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from routers.calibration import PlattCalibrator
+from routers.confidence import Confidence
 from routers.router import Router
 
 
@@ -59,7 +60,7 @@ def test_one_sided_labels_stay_finite(agrees: bool) -> None:
 def test_odd_scores_still_give_a_router_that_can_be_loaded(scores: list[float]) -> None:
     agreed = [index % 3 > 0 for index in range(len(scores))]
     fitted = PlattCalibrator().fit(scores, agreed)
-    router = Router(0.0, fitted.slope_, fitted.offset_)
+    router = Router(Confidence.of_score(fitted.slope_, fitted.offset_), 0.0)
     assert Router.load(router.dump()) == router
 
 
@@ -78,5 +79,5 @@ def test_ranks_are_never_turned_round_and_the_router_says_the_same(labels: list[
     ladder = np.array([-1e12, -1e6, -3.0, 0.0, 0.5, 2.0, 1e6, 1e12])
     confidence = fitted.predict(ladder)
     assert (np.diff(confidence) >= 0).all() and confidence.min() >= 0 and confidence.max() <= 1
-    router = Router(0.0, fitted.slope_, fitted.offset_)
-    assert confidence == pytest.approx([router.confidence(float(score)) for score in ladder])
+    router = Router(Confidence.of_score(fitted.slope_, fitted.offset_), 0.0)
+    assert confidence == pytest.approx([router.decide(float(score), {}).confidence for score in ladder])

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from routers.confidence import Confidence
 from routers.looks import PastLook, labels_needed, next_look, spent
 from routers.looks import tested_grid as levels_to_test  # under its own name pytest takes it for a test
 from routers.promise import Promise
@@ -44,12 +45,12 @@ class Latent:
 
     router: Router
 
-    def predict(self, text: str) -> tuple[str, float]:
-        return read(text)
+    def predict(self, text: str) -> tuple[str, float, dict[str, float]]:
+        return *read(text), {}
 
 
 def accepting(threshold: float) -> Latent:
-    return Latent(Router(threshold, 1.0, 0.0))
+    return Latent(Router(Confidence.of_score(1.0, 0.0), threshold))
 
 
 @dataclass
