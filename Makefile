@@ -60,11 +60,11 @@ typecheck: $(STAMP) ## mypy, strict
 bench: $(STAMP) ## HTTP clients on the way to the teacher, side by side (half a minute)
 	$(BIN)/python -m loadtest.clients
 
-bench-routing: $(STAMP) ## the promise on a recorded stream, in the simulator (DATA=folder with banking77_gpt4)
+bench-routing: $(STAMP) ## whether the promise is kept, and what it costs: every table (DATA=folder with the recordings, ONLY=validity)
 	@test -f $(DATA)/banking77_gpt4/stream.csv || { \
 		echo "no recording at $(DATA)/banking77_gpt4/stream.csv: make bench-routing DATA=folder" \
 			"(where it comes from: docs/lab-notes.md)" >&2; exit 1; }
-	$(BIN)/python -m loadtest.routing_bench $(DATA)/banking77_gpt4/stream.csv
+	$(BIN)/python -m loadtest.routing $(DATA) $(if $(ONLY),--only $(ONLY))
 
 chaos: $(STAMP) ## every fault in turn against a gateway under load, then 200 kills (needs redis-server; under ten minutes)
 	@command -v redis-server >/dev/null || { \

@@ -1,4 +1,4 @@
-"""The promise on a recorded stream, many times over: `make bench-routing`.
+"""The promise on a recorded stream, many times over.
 
 Each seed shuffles the recording and plays it from a cold start through the simulator, which decides and learns by the
 gateway's own code. The first seeds also get the floor: one threshold chosen by hindsight for the same student.
@@ -6,28 +6,24 @@ gateway's own code. The first seeds also get the floor: one threshold chosen by 
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
 import random
 import statistics
-import sys
-import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from distillation.simulated import SimulatedLearner, oracle
-from routers.promise import binomial_tail
+from loadtest.routing.runner import Runner
+from loadtest.routing.verdict import chance_of, is_kept
 from routers.simulator import Kept, Message, simulate
 from serving.recording import read_recording
 from serving.settings import TaskPolicy
+
+ALPHA, CERTAINTY = 0.1, 0.9
+SEEDS, FLOOR_SEEDS = 200, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +77,8 @@ def table_of(seeds: Sequence[Seed], max_disagreement: float, certainty: float) -
     broken = sum(kept.disagreement > max_disagreement for kept in releases)
     delta = 1.0 - certainty
     table = Table(
-        title=f"α = {max_disagreement:.0%}, δ = {delta:.0%}, {len(seeds)} seeds", title_justify="left"
+        title=f"The stream: BANKING77, α = {max_disagreement:.0%}, δ = {delta:.0%}, {len(seeds)} seeds",
+        title_justify="left",
     )
     table.add_column("")
     table.add_column("mean", justify="right")
@@ -107,61 +104,19 @@ def table_of(seeds: Sequence[Seed], max_disagreement: float, certainty: float) -
     table.add_row("looks a stream", f"{statistics.fmean(seed.looks for seed in seeds):.1f}", "")
     row("disagreement of a release on the rest", [kept.disagreement for kept in releases])
     if releases:
-        # P(X ≥ broken) for X ~ Binomial(releases, δ): small would mean that the promise isn't kept.
-        p_value = 1.0 - (binomial_tail(broken - 1, len(releases), delta) if broken else 0.0)
-        verdict = "kept" if p_value > 0.05 else "BROKEN"
+        p_value = chance_of(broken, len(releases), delta)
+        verdict = "kept" if is_kept(broken, len(releases), delta) else "BROKEN"
         count = f"{broken} of {len(releases)}"
         table.add_row("releases that broke the promise", f"{broken / len(releases):.2%}", count)
         table.add_row(f"  p of “at most {delta:.0%} are broken”", f"{p_value:.3f}", verdict)
     return table
 
 
-def main() -> None:
-    """Run the benchmark and print its table."""
-    parser = argparse.ArgumentParser(prog="python -m loadtest.routing_bench", description=__doc__)
-    parser.add_argument("file", type=Path, help="a recording with columns text, teacher, gold")
-    parser.add_argument("--seeds", type=int, default=200, help="how many shuffles (default: 200)")
-    parser.add_argument(
-        "--floor-seeds", type=int, default=5, help="how many of them get the floor (default: 5)"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)"
-    )
-    parser.add_argument("--max-disagreement", type=float, default=0.1, help="α (default: 0.1)")
-    parser.add_argument("--certainty", type=float, default=0.9, help="1−δ (default: 0.9)")
-    options = parser.parse_args()
-    console = Console()
-    began = time.monotonic()
-    seeds: list[Seed] = []
-    with ProcessPoolExecutor(options.jobs) as pool, Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("simulating", total=options.seeds)
-        futures = [
-            pool.submit(
-                play,
-                options.file,
-                seed,
-                options.max_disagreement,
-                options.certainty,
-                seed < options.floor_seeds,
-            )
-            for seed in range(options.seeds)
-        ]
-        for future in as_completed(futures):
-            seeds.append(seed := future.result())
-            progress.advance(bar)
-            if not sys.stderr.isatty():
-                kept = " ".join(f"{release.disagreement:.3f}" for release in seed.releases)
-                print(
-                    f"seed {seed.seed}: {seed.share:.3f} of calls, releases disagree {kept}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    console.print(table_of(seeds, options.max_disagreement, options.certainty))
-    console.print(
-        f"{options.file.name}; Python {platform.python_version()}, NumPy {np.__version__}, {os.cpu_count()} cores; "
-        f"{time.monotonic() - began:.0f} s"
-    )
-
-
-if __name__ == "__main__":
-    main()
+def tables(runner: Runner) -> Iterator[Table]:
+    """Play every seed and give the table."""
+    path = runner.data / "banking77_gpt4" / "stream.csv"
+    read_recording(path)  # says what is wrong with it, before processes are started
+    seeds = runner.scaled(SEEDS)
+    floors = min(FLOOR_SEEDS, seeds)
+    given = [(path, seed, ALPHA, CERTAINTY, seed < floors) for seed in range(seeds)]
+    yield table_of([seed for _, seed in runner.each("stream", play, given)], ALPHA, CERTAINTY)

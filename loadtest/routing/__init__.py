@@ -1,0 +1,1 @@
+"""Whether the promise is kept, and what keeping it costs: the tables of `make bench-routing`."""
