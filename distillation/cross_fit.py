@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from distillation.dataset import Row, known_answers, token_estimate
 from distillation.linear_training import TermCounts
+from distillation.scored import Scored
 from serving.linear import LinearStudent
 from serving.sight import Sees
 
@@ -21,17 +22,9 @@ FOLDS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class CrossFit:
-    """What students that hadn't seen a row make of it, row by row.
+class CrossFit(Scored):
+    """What students that hadn't seen a row make of it; `student`, fitted on all rows, is the one to be released."""
 
-    `scores` float[n], `signals` float[n] by name (NaN where there is none), `predicted` the keys of their answers,
-    `agreed` bool[n] (a missing label never agrees), and `student`, fitted on all rows: the one that would be released.
-    """
-
-    scores: NDArray[np.float64]
-    signals: dict[str, NDArray[np.float64]]
-    predicted: list[str]
-    agreed: NDArray[np.bool_]
     student: LinearStudent
 
 

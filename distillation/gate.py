@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distillation.cross_fit import CrossFit, cross_fit
+from distillation.cross_fit import cross_fit
 from distillation.dataset import Dataset
-from distillation.past import PastRelease
+from distillation.past import Past, PastRelease
+from distillation.scored import Scored
 from routers.calibration import PlattCalibrator
 from routers.confidence import Confidence
 from routers.looks import spent, tested_grid
@@ -24,9 +27,14 @@ from routers.router import Router
 from serving.agreement import comparison
 from serving.settings import TaskPolicy
 
+R_co = TypeVar("R_co", bound=Past, covariant=True)
+
+AsRelease = Callable[[Router, Mapping[str, tuple[float, str]]], R_co]
+"""Makes a release of a router and the rank and answer key of each row it was fitted on, by the row's id."""
+
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Look(Generic[R_co]):
     """What a look found. `candidate` is the release to be, None when no level passed.
 
     `delta` is what the look spent. `coverage` is the share of all traffic at or above the threshold: the level's
@@ -42,26 +50,42 @@ class Look:
     coverage: float | None
     agreement: float
     worst: list[tuple[str, int, float]]
-    candidate: PastRelease | None
+    candidate: R_co | None
 
 
 def take_look(
     dataset: Dataset,
-    past: Mapping[str, PastRelease],
+    past: Mapping[str, Past],
     policy: TaskPolicy,
     *,
     number: int,
     seed: int,
     progress: Callable[[str], None] = lambda _: None,
-) -> Look:
-    """Fit, score out of fold, and test the promise with what look `number` may spend.
+) -> Look[PastRelease]:
+    """Fit linear students, score out of fold, and test the promise with what look `number` may spend.
 
     `past` holds every release the dataset's traffic met (see `Dataset.without_period`). `seed` deals folds and thins.
     The dataset is what a student sees that sees as `policy` says. Raises ValueError when there is nothing to learn
     from.
     """
-    propensity = _propensity(dataset, past)
     fitted = cross_fit(dataset.rows, seed=seed, sees=policy.student.sees, progress=progress)
+    release = partial(PastRelease, fitted.student)
+    return judge(dataset, fitted, release, past, policy, number=number, seed=seed, progress=progress)
+
+
+def judge(
+    dataset: Dataset,
+    fitted: Scored,
+    as_release: AsRelease[R_co],
+    past: Mapping[str, Past],
+    policy: TaskPolicy,
+    *,
+    number: int,
+    seed: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Look[R_co]:
+    """Test the promise of a student whose answers to the dataset's rows are `fitted`, as `take_look` does."""
+    propensity = _propensity(dataset, past)
     delta = spent(number, 1.0 - policy.certainty)
     forbidden = _forbidden(policy)
     calibrator = PlattCalibrator().fit(fitted.scores, fitted.agreed, 1.0 / propensity)
@@ -76,15 +100,12 @@ def take_look(
     candidate, coverage = None, None
     if admission.threshold is not None:
         coverage = float(np.average(served >= admission.threshold, weights=1.0 / propensity))
-        candidate = PastRelease(
-            student=fitted.student,
-            router=Router(confidence, admission.threshold, forbidden),
-            held_out={
-                row.id: (float(rank), key)
-                for row, rank, key in zip(dataset.rows, ranks, fitted.predicted, strict=True)
-                if np.isfinite(rank)
-            },
-        )
+        held_out = {
+            row.id: (float(rank), key)
+            for row, rank, key in zip(dataset.rows, ranks, fitted.predicted, strict=True)
+            if np.isfinite(rank)
+        }
+        candidate = as_release(Router(confidence, admission.threshold, forbidden), held_out)
     return Look(
         number=number,
         labels=len(dataset.rows),
@@ -104,7 +125,7 @@ def _forbidden(policy: TaskPolicy) -> frozenset[str]:
     return frozenset(key for key in map(comparing.key, written) if key is not None)
 
 
-def _propensity(dataset: Dataset, past: Mapping[str, PastRelease]) -> NDArray[np.float64]:
+def _propensity(dataset: Dataset, past: Mapping[str, Past]) -> NDArray[np.float64]:
     periods = []
     for name, traffic in dataset.traffic.items():
         accepted = np.zeros(len(dataset.rows), dtype=np.bool_)
@@ -115,7 +136,7 @@ def _propensity(dataset: Dataset, past: Mapping[str, PastRelease]) -> NDArray[np
     return pooled_propensity(periods)
 
 
-def _worst(fitted: CrossFit, most: int = 10) -> list[tuple[str, int, float]]:
+def _worst(fitted: Scored, most: int = 10) -> list[tuple[str, int, float]]:
     """The student's answers that agree least: (answer, times given, share that agreed), worst first."""
     given = Counter(fitted.predicted)
     agreed = Counter(key for key, ok in zip(fitted.predicted, fitted.agreed, strict=True) if ok)

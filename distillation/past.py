@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import orjson
 
@@ -17,9 +18,26 @@ from serving.sight import seen_text, unsupported
 ROUTER_FILE = "router.json"
 
 
+class Past(Protocol):
+    """What a look needs of a release: its decisions can be redone, and it can be written down."""
+
+    @property
+    def router(self) -> Router:
+        """The release's router."""
+        ...
+
+    def accepts_row(self, row: Row) -> bool:
+        """Whether the release would have answered a row's request, had it not been fitted on it."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """The whole as files of a release."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PastRelease:
-    """A release's student, its router, and how it ranked the rows it was fitted on.
+    """A release whose student is `linear`: the student, its router, and how it ranked the rows it was fitted on.
 
     `held_out` maps the ids of those rows to the rank and answer key that cross-fitting gave them: the released
     student and confidence have seen them and would be too sure.

@@ -7,12 +7,13 @@ from dataclasses import asdict
 
 from distillation.dataset import Dataset
 from distillation.gate import Look
+from distillation.past import Past
 from routers.looks import unseen_chance
 from serving.exchange import Json
 from serving.settings import TaskPolicy
 
 
-def report_card(look: Look, dataset: Dataset, policy: TaskPolicy, *, releases_so_far: int) -> Json:
+def report_card(look: Look[Past], dataset: Dataset, policy: TaskPolicy, *, releases_so_far: int) -> Json:
     """The card of a look, passed or not, as JSON. `releases_so_far` doesn't count the one this look may make."""
     delta = 1.0 - policy.certainty
     releases = releases_so_far + (look.candidate is not None)

@@ -43,7 +43,7 @@ def day_zero(rows: list[Row]) -> Dataset:
     return Dataset(rows, {None: Traffic(len(rows), 0, 0.05 * len(rows))})
 
 
-def look(dataset: Dataset, policy: TaskPolicy = POLICY, **more: Any) -> Look:
+def look(dataset: Dataset, policy: TaskPolicy = POLICY, **more: Any) -> Look[PastRelease]:
     return take_look(dataset, more.pop("past", {}), policy, **{"number": 1, "seed": 1, **more})
 
 

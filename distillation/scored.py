@@ -1,0 +1,22 @@
+"""Rows as a student that saw none of their labels answers them: what a look judges, whatever the student is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One student's answers to n labelled rows, each scored as it would be served.
+
+    `scores` float[n], `signals` float[n] by name (NaN where there is none), `predicted` the keys of the answers and
+    `agreed` bool[n] (a missing label never agrees).
+    """
+
+    scores: NDArray[np.float64]
+    signals: dict[str, NDArray[np.float64]]
+    predicted: list[str]
+    agreed: NDArray[np.bool_]
