@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console, RenderableType
 
-from loadtest.routing import stream, validity
+from loadtest.routing import stream, validity, watches
 from loadtest.routing.runner import Runner
 from serving.errors import UnderstudyError
 
@@ -21,7 +21,11 @@ QUICK = 0.02
 
 Tables = Callable[[Runner], Iterator[RenderableType]]
 
-TABLES: dict[str, Tables] = {"validity": validity.tables, "stream": stream.tables}
+TABLES: dict[str, Tables] = {
+    "validity": validity.tables,
+    "watch": watches.tables,
+    "stream": stream.tables,
+}
 
 
 def main() -> int:
