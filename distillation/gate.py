@@ -12,17 +12,15 @@ from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from distillation.cross_fit import cross_fit
 from distillation.dataset import Dataset
-from distillation.past import Past, PastRelease
+from distillation.past import Past, PastRelease, propensity_of
 from distillation.scored import Scored
 from routers.calibration import PlattCalibrator
 from routers.confidence import Confidence
 from routers.looks import spent, tested_grid
 from routers.promise import Admission, Promise
-from routers.propensity import Period, pooled_propensity
 from routers.router import Router
 from serving.agreement import comparison
 from serving.settings import TaskPolicy
@@ -85,7 +83,7 @@ def judge(
     progress: Callable[[str], None] = lambda _: None,
 ) -> Look[R_co]:
     """Test the promise of a student whose answers to the dataset's rows are `fitted`, as `take_look` does."""
-    propensity = _propensity(dataset, past)
+    propensity = propensity_of(dataset, past)
     delta = spent(number, 1.0 - policy.certainty)
     forbidden = _forbidden(policy)
     calibrator = PlattCalibrator().fit(fitted.scores, fitted.agreed, 1.0 / propensity)
@@ -123,17 +121,6 @@ def _forbidden(policy: TaskPolicy) -> frozenset[str]:
     comparing = comparison(policy.agreement)
     written = [[{"message": {"content": text}, "finish_reason": "stop"}] for text in policy.always_escalate]
     return frozenset(key for key in map(comparing.key, written) if key is not None)
-
-
-def _propensity(dataset: Dataset, past: Mapping[str, Past]) -> NDArray[np.float64]:
-    periods = []
-    for name, traffic in dataset.traffic.items():
-        accepted = np.zeros(len(dataset.rows), dtype=np.bool_)
-        if name is not None:
-            release = past[name]
-            accepted[:] = [release.accepts_row(row) for row in dataset.rows]
-        periods.append(Period(traffic.exchanges, traffic.audit_rate, accepted))
-    return pooled_propensity(periods)
 
 
 def _worst(fitted: Scored, most: int = 10) -> list[tuple[str, int, float]]:

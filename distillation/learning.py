@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from distillation.dataset import Dataset, build_dataset
 from distillation.due import not_due
 from distillation.journal import LearningElsewhere, LookJournal
-from distillation.past import PastRelease, read_past
+from distillation.past import PastRelease, redoable
 from routers.looks import labels_needed, next_look
 from serving.agreement import comparison
-from serving.errors import DamagedRelease, UnknownRelease, UnknownTask
+from serving.errors import UnknownTask
 from serving.exchange import Exchange, Json
 from serving.log import LogReader
 from serving.releases import ReleaseStore
@@ -94,7 +94,7 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         waiting = not_due(dataset, journal.past(), policy)
         past: dict[str, PastRelease] = {}
         if waiting is None:
-            past, dataset = _redoable(settings, task, dataset, progress)
+            past, dataset = redoable(ReleaseStore(settings.state_dir), task, dataset, progress)
             waiting = not_due(dataset, journal.past(), policy)  # less may be left
         if waiting is not None:
             labels = len(dataset.rows)
@@ -102,21 +102,6 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
             outcome = "declined" if waiting.declined else "not_due"
             return Lesson(task, outcome, waiting.message + when, labels, waiting.needed)
         return _look(settings, task, dataset, past, journal, policy, exchanges, progress)
-
-
-def _redoable(
-    settings: Settings, task: str, dataset: Dataset, progress: Progress
-) -> tuple[dict[str, PastRelease], Dataset]:
-    """The releases the traffic met, and the dataset without the traffic of those that can't be read any more."""
-    store = ReleaseStore(settings.state_dir)
-    past: dict[str, PastRelease] = {}
-    for name in [name for name in dataset.traffic if name is not None]:
-        try:
-            past[name] = read_past(store, task, name)
-        except (DamagedRelease, UnknownRelease) as error:
-            progress(f"{task}: leaving out the traffic of release {name}: {error}")
-            dataset = dataset.without_period(name)
-    return past, dataset
 
 
 def _look(

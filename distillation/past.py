@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
-from distillation.dataset import Row
-from routers.router import SCORE_SCHEMA, Router
-from serving.errors import DamagedRelease
+from distillation.dataset import Dataset, Row
+from routers.propensity import Period, pooled_propensity
+from routers.router import SCORE_SCHEMA, Decision, Router
+from serving.errors import DamagedRelease, UnknownRelease
 from serving.linear import LinearStudent
 from serving.releases import HELD_OUT_FILE, ReleaseStore
 from serving.sight import seen_text, unsupported
@@ -18,12 +21,26 @@ from serving.sight import seen_text, unsupported
 ROUTER_FILE = "router.json"
 
 
+@dataclass(frozen=True, slots=True)
+class Redone:
+    """What a release makes of a labelled exchange: its answer's rank and key, whether it agrees, and the decision."""
+
+    rank: float
+    key: str
+    agreed: bool
+    decision: Decision
+
+
 class Past(Protocol):
-    """What a look needs of a release: its decisions can be redone, and it can be written down."""
+    """What looks and reports need of a release: its decisions can be redone, and it can be written down."""
 
     @property
     def router(self) -> Router:
         """The release's router."""
+        ...
+
+    def redo(self, row: Row) -> Redone | None:
+        """What the release makes of a row, had it not been fitted on it; None where it can't serve such a request."""
         ...
 
     def accepts_row(self, row: Row) -> bool:
@@ -52,16 +69,28 @@ class PastRelease:
 
     def accepts(self, id: str, text: str) -> bool:
         """Whether the release would have answered, had it not been fitted on this exchange."""
-        ranked = self.held_out.get(id)
-        decision = self.router.decide(*self.predict(text)) if ranked is None else self.router.judge(*ranked)
-        return decision.accepted
+        return self.router.judge(*(self.held_out.get(id) or self.rank(text))).accepted
 
     def accepts_row(self, row: Row) -> bool:
         """Whether the release would have answered a row's request, by what this release's own student sees of it."""
-        sees = self.student.sees
-        if row.request is None:
-            return self.accepts(row.id, row.text)
-        return unsupported(row.request, sees) is None and self.accepts(row.id, seen_text(row.request, sees))
+        redone = self.redo(row)
+        return redone is not None and redone.decision.accepted
+
+    def redo(self, row: Row) -> Redone | None:
+        """What the release makes of a row, had it not been fitted on it; None where it can't serve such a request."""
+        sees, text = self.student.sees, row.text
+        if row.request is not None:
+            if unsupported(row.request, sees) is not None:
+                return None
+            text = seen_text(row.request, sees)
+        ranked = self.held_out.get(row.id)
+        rank, key = self.rank(text) if ranked is None else ranked
+        return Redone(rank, key, key == row.answer, self.router.judge(rank, key))
+
+    def rank(self, text: str) -> tuple[float, str]:
+        """The rank and key of the student's answer to a text, as they would be served."""
+        score, signals, key = self.predict(text)
+        return self.router.confidence.rank(score, signals, key), key
 
     def predict(self, text: str) -> tuple[float, Mapping[str, float], str]:
         """The student's score, signals and answer key for a text. Remembered: every look asks for the whole log."""
@@ -97,3 +126,29 @@ def read_past(store: ReleaseStore, task: str, name: str) -> PastRelease:
             f"release {name} of task {task}: {HELD_OUT_FILE} can't be read: {error}"
         ) from error
     return PastRelease(LinearStudent.load(release.files), router, held_out)
+
+
+def redoable(
+    store: ReleaseStore, task: str, dataset: Dataset, progress: Callable[[str], None]
+) -> tuple[dict[str, PastRelease], Dataset]:
+    """The releases the traffic met, and the dataset without the traffic of those that can't be read any more."""
+    past: dict[str, PastRelease] = {}
+    for name in [name for name in dataset.traffic if name is not None]:
+        try:
+            past[name] = read_past(store, task, name)
+        except (DamagedRelease, UnknownRelease) as error:
+            progress(f"{task}: leaving out the traffic of release {name}: {error}")
+            dataset = dataset.without_period(name)
+    return past, dataset
+
+
+def propensity_of(dataset: Dataset, past: Mapping[str, Past]) -> NDArray[np.float64]:
+    """The pooled propensity of each row; `past` holds every release the dataset's traffic met."""
+    periods = []
+    for name, traffic in dataset.traffic.items():
+        accepted = np.zeros(len(dataset.rows), dtype=np.bool_)
+        if name is not None:
+            release = past[name]
+            accepted[:] = [release.accepts_row(row) for row in dataset.rows]
+        periods.append(Period(traffic.exchanges, traffic.audit_rate, accepted))
+    return pooled_propensity(periods)
