@@ -93,6 +93,14 @@ def stand_in(
         float | None, typer.Option(min=0, help="Median time of an answer; absent: as recorded, else none.")
     ] = None,
     latency_spread: Annotated[float, typer.Option(min=0, help="σ of the latency's logarithm.")] = 0.3,
+    tokens_per_s: Annotated[
+        float | None,
+        typer.Option(
+            "--tokens-per-second",
+            min=0.01,
+            help="Tokens a second after the first, for which the latency stands then; absent: all within it.",
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Name to answer under; absent: the recording's.")] = None,
     answers: Annotated[
         str, typer.Option(help="Column that holds the answers: teacher or gold.", metavar="COLUMN")
@@ -107,6 +115,9 @@ def stand_in(
     script: Annotated[Path | None, typer.Option(help="Scripted failures: JSONL, one rule a line.")] = None,
 ) -> None:
     """Answer chat completions from a recording, as a teacher for demos, tests and load tests.
+
+    It plays a student as well: where the recording has a column confidence (a probability above 0, at most 1), those
+    who ask for log-probabilities get some whose geometric mean it is. A column logprobs holds them as they are.
 
     Failures come by --fail-rate, by --script, by POST /failures with a script while it runs, or by a request's
     header x-stand-in, such as "status=429;retry-after=1". Their names: status, retry-after, stall, hang-after,
@@ -132,6 +143,7 @@ def stand_in(
         default=default,
         api_key=key,
         failures=Failures(read_script(script) if script is not None else (), rate=fail_rate),
+        tokens_per_s=tokens_per_s,
     )
     serve_stand_in(
         app,

@@ -16,12 +16,14 @@ from pathlib import Path
 
 from gateway.metrics import Metrics
 from gateway.tasks import Tasks
+from routers.meter import TokenMeter
 from routers.router import Router
 from serving.agreement import Comparison
 from serving.audit_index import AuditIndex
 from serving.guarded_student import GuardedStudent
 from serving.releases import ReleaseStore
-from serving.student import Student, load_student
+from serving.student import Student
+from serving.students import load_student
 
 log = logging.getLogger("understudy.live")
 
@@ -151,7 +153,7 @@ class LiveReleases:
             name=release.name,
             generation=live.generation,
             checksum=release.card["checksum"],
-            student=GuardedStudent(load_student(release)),
+            student=GuardedStudent(load_student(release, TokenMeter)),
             router=router,
             comparison=self._tasks.comparison(task),
             threshold=router.threshold,

@@ -281,7 +281,10 @@ _STUDENT_TYPES: _Types = {
     "score": (*_NUMBER, _NONE),
     "cost_usd": (*_NUMBER, _NONE),
     "signals": (dict,),
+    "checkpoints": (list,),
+    "complete": (bool,),
 }
+_CHECKPOINT_TYPES: _Types = {"tokens": (int,), "score": (*_NUMBER, _NONE), "signals": (dict,)}
 _ROUTES = ("cache", "student", "teacher")
 _ORIGINS = (None, "student", "teacher")
 _AUDITS = ("none", "pending", "answered", "missing")
@@ -322,14 +325,27 @@ def _exchange(event: Json) -> Exchange:
 def _student(data: Json) -> Json:
     _check(data, _STUDENT_TYPES)
     _check_choices(data["choices"])
-    signals = data.get("signals", {})
+    known = {**data, "score": _number(data["score"]), "signals": _signals(data.get("signals", {}))}
+    if data.get("checkpoints"):
+        known["checkpoints"] = [_checkpoint(checkpoint) for checkpoint in data["checkpoints"]]
+    return known
+
+
+def _checkpoint(data: Json) -> Json:
+    _check(data, _CHECKPOINT_TYPES)
+    score, signals = _number(data["score"]), _signals(data["signals"])
+    return {"tokens": data["tokens"], "score": score, "signals": signals}
+
+
+def _signals(signals: Json) -> dict[str, float]:
     if any(type(value) not in (int, float, _NONE) for value in signals.values()):
         raise TypeError("a signal isn't a number")
-    return {
-        **data,
-        "score": math.nan if data["score"] is None else data["score"],
-        "signals": {name: math.nan if value is None else value for name, value in signals.items()},
-    }
+    return {name: _number(value) for name, value in signals.items()}
+
+
+def _number(value: float | None) -> float:
+    """What was no finite number is null in the log."""
+    return math.nan if value is None else value
 
 
 def _teacher(data: Json | None) -> TeacherAnswer | None:

@@ -41,7 +41,10 @@ class StudentAnswer:
     """What the student answered, and what it knows about how sure it is.
 
     `score` is the untied ranking score that the router turns into a confidence; `signals` are the numbers behind it.
-    `usage` is in the teacher's tokens, estimated from the log, since that is the price that was avoided.
+    `usage` is in the teacher's tokens, estimated from the log, since that is the price that was avoided; that of a
+    language model is its own, the best estimate there is. `checkpoints` says what was known of it at fixed numbers of
+    its tokens, each as `{"tokens", "score", "signals"}` (STATISTICS.md §6). Not `complete`: it was stopped or broke
+    off, and `choices` are what had come.
     """
 
     model: str
@@ -51,6 +54,8 @@ class StudentAnswer:
     score: float
     cost_usd: float | None = None
     signals: dict[str, float] = field(default_factory=dict)
+    checkpoints: list[Json] = field(default_factory=list)
+    complete: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,8 @@ class Prediction:
 class LinearStudent:
     """A fitted linear student. Deterministic: the same text always gives the same bytes."""
 
+    patience_s = 5.0
+
     def __init__(
         self,
         *,
@@ -165,6 +167,9 @@ class LinearStudent:
             score=prediction.score,
             signals=prediction.signals,
         )
+
+    def stream(self, request: Json) -> None:
+        """None: an answer is whole at once."""
 
     async def aclose(self) -> None:
         """Nothing to give back."""

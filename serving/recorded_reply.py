@@ -2,7 +2,8 @@
 
 Tokens are counted by a rule, since there is no tokenizer: ⌈UTF-8 bytes / 4⌉ of all message texts, and of the
 answer (where log-probabilities are recorded, their number of entries). A stream has one chunk a token.
-Log-probabilities are sent where they were asked for and recorded; otherwise `logprobs` is null.
+Log-probabilities are sent where they were asked for and recorded, or made from a recorded confidence
+(`serving.recorded_confidence`); otherwise `logprobs` is null.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 import orjson
 
 from serving.exchange import Json
+from serving.recorded_confidence import token_logprobs
 from serving.recording import Recorded
 
 FINGERPRINT = "fp_stand_in"
@@ -25,7 +27,7 @@ class Reply:
         self._head = {"id": id, "created": created, "model": model, "system_fingerprint": FINGERPRINT}
         self._row = row
         self._finish = "tool_calls" if row.tool_calls else "stop"
-        self._logprobs = row.logprobs if request.get("logprobs") is True else None
+        self._logprobs = logprobs(row, request) if request.get("logprobs") is True else None
         choices = request.get("n")
         self._choices = choices if isinstance(choices, int) and choices > 1 else 1
         prompt, answer = prompt_tokens(request), answer_tokens(row)
@@ -97,8 +99,28 @@ def answer_tokens(row: Recorded) -> int:
     """Count the answer: recorded tokens, else ⌈UTF-8 bytes / 4⌉ of the text and of the tool calls."""
     if row.logprobs is not None:
         return len(row.logprobs)
+    if row.confidence is not None:
+        return sum(1 for _ in deltas(row))
     calls = b"" if row.tool_calls is None else orjson.dumps(row.tool_calls)
     return -(-(len((row.teacher or "").encode()) + len(calls)) // 4)
+
+
+def logprobs(row: Recorded, request: Json) -> list[Json] | None:
+    """Return an entry for each token: as recorded, else made from the recorded confidence; None if there is neither."""
+    if row.logprobs is not None or row.confidence is None:
+        return row.logprobs
+    top = request.get("top_logprobs")
+    return token_logprobs(
+        [_said(delta) for delta in deltas(row)], row.confidence, top=top if isinstance(top, int) else 0
+    )
+
+
+def _said(delta: Json) -> str:
+    """Return the token that a delta adds: its text, else the name or the arguments of its tool call."""
+    if "content" in delta:
+        return str(delta["content"])
+    function = delta["tool_calls"][0]["function"]
+    return str(function["arguments"] or function.get("name", ""))
 
 
 def deltas(row: Recorded) -> Iterator[Json]:

@@ -2,9 +2,9 @@
 
 Columns: `text` (the user's message), `teacher` (the answer; `answer` is read too), and, all optional,
 `gold` (the right answer), `latency_s` (how long the teacher took), `model` (the teacher's name), `logprobs`
-(JSON: OpenAI's `logprobs.content`, a list of token entries), `tool_calls` (JSON: OpenAI's
-`message.tool_calls`). Other columns are ignored. In JSONL an answer may be any JSON value; what isn't a
-string becomes its compact JSON text.
+(JSON: OpenAI's `logprobs.content`, a list of token entries), `confidence` (a probability above 0, at most 1:
+log-probabilities are made from it), `tool_calls` (JSON: OpenAI's `message.tool_calls`). Other columns are ignored.
+In JSONL an answer may be any JSON value; what isn't a string becomes its compact JSON text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _ANSWER = ("teacher", "answer")
 class Recorded:
     """One message and its recorded answer.
 
-    `teacher` is None only when the answer is tool calls alone. `logprobs` has an entry per token.
+    `teacher` is None only when the answer is tool calls alone. `logprobs` has an entry per token; where there are none,
+    they are made from `confidence`.
     """
 
     text: str
@@ -45,6 +46,7 @@ class Recorded:
     model: str | None = None
     logprobs: list[Json] | None = None
     tool_calls: list[Json] | None = None
+    confidence: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,7 @@ def _recorded(where: str, row: Mapping[str, object], answers: Answers) -> Record
         model=_model(where, row),
         logprobs=None if answers == "gold" else _json_list(where, row, "logprobs"),
         tool_calls=tool_calls,
+        confidence=_confidence(where, row),
     )
 
 
@@ -185,16 +188,31 @@ def _answer(value: object) -> str | None:
 
 
 def _seconds(where: str, row: Mapping[str, object]) -> float | None:
-    value = row.get("latency_s")
+    seconds = _number(row.get("latency_s"))
+    if seconds is not None and not (0 <= seconds < math.inf):
+        raise RecordingError(
+            f"{where}: column `latency_s` must be seconds, 0 or more, got {row['latency_s']!r}"
+        )
+    return seconds
+
+
+def _confidence(where: str, row: Mapping[str, object]) -> float | None:
+    confidence = _number(row.get("confidence"))
+    if confidence is not None and not (0 < confidence <= 1):
+        raise RecordingError(
+            f"{where}: column `confidence` must be a probability above 0, at most 1, got {row['confidence']!r}"
+        )
+    return confidence
+
+
+def _number(value: object) -> float | None:
+    """Read a number, in CSV as text; NaN for what is none."""
     if value is None:
         return None
     try:
-        seconds = float(value) if isinstance(value, str | int | float) else math.nan
+        return float(value) if isinstance(value, str | int | float) else math.nan
     except ValueError:
-        seconds = math.nan
-    if not (0 <= seconds < math.inf):
-        raise RecordingError(f"{where}: column `latency_s` must be seconds, 0 or more, got {value!r}")
-    return seconds
+        return math.nan
 
 
 def _model(where: str, row: Mapping[str, object]) -> str | None:

@@ -94,4 +94,4 @@ class EventParser:
 
     def _check(self, size: int) -> None:
         if size > self._max:
-            raise UpstreamBroken(f"the teacher sent an event of more than {self._max} bytes in its stream")
+            raise UpstreamBroken(f"an event of more than {self._max} bytes came in the stream")

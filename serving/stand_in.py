@@ -6,7 +6,9 @@ plain ASGI app, which deliberately shares no code with the gateway's own reading
 - `POST /v1/chat/completions` looks up the text of the last user message. A text that was recorded more than
   once gets its answers in turn. An unknown text gets the default answer, or 404 `not_in_recording`.
 - Latency is log-normal around a median and drawn per text, so that runs repeat; a stream spreads its chunks
-  over it. Without a median, recorded latencies are used where there are some.
+  over it. Without a median, recorded latencies are used where there are some. With a rate of tokens the latency is
+  that of the first one, and the rest comes at the rate.
+- With a column `confidence` it plays a student: log-probabilities are made from it for those who ask for them.
 - `GET /v1/models[/{id}]`. `POST /v1/echo` sends the body's bytes back as they come, `POST /v1/echo/sse` its
   lines as events; every other path under `/v1/` describes the request as JSON, so that a pass-through can be
   seen.
@@ -50,12 +52,14 @@ def create_stand_in(
     default: str | None = None,
     api_key: str | None = None,
     failures: Failures | None = None,
+    tokens_per_s: float | None = None,
 ) -> StandIn:
     """Build the ASGI app that answers from `recording`.
 
     `model`: the name it answers under (absent: the recording's, else `stand-in`). `latency_ms`: median
     (absent: as recorded, else none). `latency_spread`: the σ of the latency's logarithm. `default`: the
     answer to texts that aren't in the recording. `api_key`: required as `authorization: Bearer …` when given.
+    `tokens_per_s`: how fast tokens come after the first (absent: all of them within the latency).
     """
     return StandIn(
         recording,
@@ -64,6 +68,7 @@ def create_stand_in(
         default=default,
         api_key=api_key,
         failures=failures or Failures(),
+        tokens_per_s=tokens_per_s,
     )
 
 
@@ -96,6 +101,7 @@ class StandIn:
         default: str | None,
         api_key: str | None,
         failures: Failures,
+        tokens_per_s: float | None,
     ) -> None:
         self.model = model
         self.answers = len(recording)
@@ -103,6 +109,7 @@ class StandIn:
         self._default = default
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
         self._failures = failures
+        self._token_s = None if tokens_per_s is None else 1.0 / tokens_per_s
         self._known: dict[str, list[tuple[Recorded, float]]] = {}
         for row in recording.rows:
             self._known.setdefault(row.text, []).append((row, latency.of(row)))
@@ -192,9 +199,11 @@ class StandIn:
             request=request,
         )
         if request.get("stream") is True:
-            await call.stream(reply.chunks(), reply.length, latency, failure)
+            each = latency / reply.length
+            first, each = (each, each) if self._token_s is None else (latency, self._token_s)
+            await call.stream(reply.chunks(), first, each, failure)
         else:
-            await call.pause(latency)
+            await call.pause(latency + (self._token_s or 0.0) * reply.length)
             await call.answer(reply.whole(), failure)
         if failure is None:
             self._stats["answered"] += 1

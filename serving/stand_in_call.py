@@ -116,14 +116,14 @@ class Call:
         await self._send_all(error.status, orjson.dumps({"error": body}), _JSON, extra)
 
     async def stream(
-        self, chunks: Iterator[Json], length: int, seconds: float, failure: Failure | None
+        self, chunks: Iterator[Json], first_s: float, each_s: float, failure: Failure | None
     ) -> None:
-        """Send events spread evenly over `seconds`, or what `failure` makes of them."""
+        """Send events, one after `first_s` and the others `each_s` apart, or what `failure` makes of them."""
         if failure is not None and failure.send is not None:
             await self._send_instead(failure.send, b"".join(map(_event, chunks)), _EVENTS)
             return
         await self._end_at_once(failure)
-        await self.pause(seconds / length)
+        await self.pause(first_s)
         await self._start(200, _EVENTS)
         end = None if failure is None else _end_of(failure)
         for number, chunk in enumerate(chunks):
@@ -131,7 +131,7 @@ class Call:
                 await self._end_here(failure)
                 return
             if number:
-                await self.pause(seconds / length)
+                await self.pause(each_s)
             await self._send_slowly(_event(chunk), 0.0 if failure is None else failure.drip)
         if failure is not None and end is not None:
             await self._end_here(failure)

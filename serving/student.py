@@ -1,17 +1,69 @@
-"""The seam behind which every student stands, and the way from a release on disk to one that answers."""
+"""The seam behind which every student stands."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Protocol
 
-from serving.errors import DamagedRelease
 from serving.exchange import Json, StudentAnswer
-from serving.linear import LinearStudent
-from serving.releases import Release
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next piece of an answer: `choices` as in a `chat.completion.chunk`, without log-probabilities.
+
+    `checkpoints` are those that it reached, as in `StudentAnswer.checkpoints`.
+    """
+
+    choices: list[Json]
+    checkpoints: list[Json]
+
+
+class CommitPlan(Protocol):
+    """Where an answer is judged that is sent on while it is made. All counts are of the student's tokens."""
+
+    @property
+    def commit_tokens(self) -> int:
+        """A streamed answer is judged here, or at its end if that comes first."""
+        ...
+
+    @property
+    def stop_below(self) -> float | None:
+        """A rank below this at an earlier checkpoint is hopeless; None: none is."""
+        ...
+
+    @property
+    def hold_back_s(self) -> float:
+        """How long a streamed request waits for the judgement at most, in seconds."""
+        ...
+
+
+class StudentStream(Protocol):
+    """A student's answer while it is made: from the beginning of the iteration on.
+
+    Any exception while iterating means that it broke off.
+    """
+
+    plan: CommitPlan
+
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        """The pieces, as they come."""
+        ...
+
+    def answer(self) -> StudentAnswer:
+        """The answer as far as it has come; complete once the iteration has ended."""
+        ...
+
+    async def aclose(self, *, failed: bool = False) -> None:
+        """Stop making it, if it isn't whole. `failed`: because it took too long. May be called again."""
+        ...
 
 
 class Student(Protocol):
-    """A model that imitates the teacher on one task."""
+    """A model that imitates the teacher on one task. `patience_s` is how long an answer may take."""
+
+    patience_s: float
 
     def unsupported(self, request: Json) -> str | None:
         """The feature of `request` this student was not made for (`tools`, `turns`, `content`, `n`, …), or None."""
@@ -21,17 +73,10 @@ class Student(Protocol):
         """Answer a supported request. Any exception means: ask the teacher."""
         ...
 
+    def stream(self, request: Json) -> StudentStream | None:
+        """The same while it is made; to be closed. None: this student's answers are whole at once."""
+        ...
+
     async def aclose(self) -> None:
         """Give back what the student holds."""
         ...
-
-
-def load_student(release: Release) -> Student:
-    """The student of a release, ready to answer. Raises DamagedRelease if its files can't be read."""
-    kind = release.card.get("student")
-    if kind == "linear":
-        return LinearStudent.load(release.files)
-    raise DamagedRelease(
-        f"release {release.name} of task {release.task} holds a student of kind {kind!r}, "
-        "which this version can't serve"
-    )

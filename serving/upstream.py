@@ -57,8 +57,9 @@ class UpstreamResponse:
     how the upstream learns that nobody is listening any more. `on_close` is called then, once.
     """
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, who: str = "the teacher") -> None:
         self._response = response
+        self._who = who
         self.on_close: Callable[[], None] | None = None
         self.status: int = response.status
         self.headers: list[tuple[str, str]] = [
@@ -76,7 +77,7 @@ class UpstreamResponse:
             pieces.append(piece)
             size += len(piece)
             if size > MOST_ANSWER_BYTES:
-                raise UpstreamBroken(f"the teacher's answer is longer than {MOST_ANSWER_BYTES} bytes")
+                raise UpstreamBroken(f"{self._who}'s answer is longer than {MOST_ANSWER_BYTES} bytes")
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def read_chunk(self) -> bytes | None:
@@ -84,7 +85,7 @@ class UpstreamResponse:
         try:
             return await self._response.content.readany() or None
         except (aiohttp.ClientError, OSError) as error:
-            raise _translated(error, "in the middle of its answer") from None
+            raise _translated(error, self._who, "in the middle of its answer") from None
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Read the body piece by piece, as it comes in. Raises as `read` does."""
@@ -112,10 +113,13 @@ class Upstream:
 
     `timeout_s` bounds every silence: connecting (at most 10 s), waiting for the head of an answer and for
     each piece of its body. `max_connections` bounds the requests under way at once (0: not at all); the others wait for
-    their turn. Belongs to the event loop of its first request.
+    their turn. `who` is there, for messages. Belongs to the event loop of its first request.
     """
 
-    def __init__(self, base_url: str, *, timeout_s: float, max_connections: int = 1000) -> None:
+    def __init__(
+        self, base_url: str, *, timeout_s: float, max_connections: int = 1000, who: str = "the teacher"
+    ) -> None:
+        self._who = who
         self._base = urlsplit(base_url)
         self._root = urlunsplit(self._base._replace(path=self._base.path.rstrip("/"), query="", fragment=""))
         self._query = self._base.query
@@ -172,10 +176,10 @@ class Upstream:
                     trace_request_ctx=reused,
                 )
         except aiohttp.ClientConnectorError as error:
-            raise NothingSent(f"the teacher at {self.place} can't be reached: {_cause(error)}") from None
+            raise NothingSent(f"{self._who} at {self.place} can't be reached: {_cause(error)}") from None
         except aiohttp.ConnectionTimeoutError:
             raise NothingSent(
-                f"the teacher at {self.place} can't be reached: no connection in time"
+                f"{self._who} at {self.place} can't be reached: no connection in time"
             ) from None
         except (aiohttp.InvalidURL, ValueError):
             # The client's own message may quote a header's value, which may be a key.
@@ -184,16 +188,16 @@ class Upstream:
             ) from None
         except (aiohttp.ServerDisconnectedError, ConnectionError) as error:
             if reused.connection:
-                raise StaleConnection("the teacher had closed a kept connection") from None
-            raise _translated(error, "before it answered") from None
+                raise StaleConnection(f"{self._who} had closed a kept connection") from None
+            raise _translated(error, self._who, "before it answered") from None
         except TimeoutError:
             waited = self._timeout_s if timeout_s is None else timeout_s
             raise UpstreamTimeout(
-                f"the teacher at {self.place} didn't answer within {waited:.3g} s"
+                f"{self._who} at {self.place} didn't answer within {waited:.3g} s"
             ) from None
         except (aiohttp.ClientError, OSError) as error:
-            raise _translated(error, "before it answered") from None
-        return UpstreamResponse(response)
+            raise _translated(error, self._who, "before it answered") from None
+        return UpstreamResponse(response, self._who)
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -261,10 +265,10 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _translated(error: Exception, when: str) -> UpstreamBroken | UpstreamTimeout:
+def _translated(error: Exception, who: str, when: str) -> UpstreamBroken | UpstreamTimeout:
     if isinstance(error, TimeoutError):
-        return UpstreamTimeout(f"the teacher fell silent {when}")
-    return UpstreamBroken(f"the connection to the teacher ended {when}: {_cause(error)}")
+        return UpstreamTimeout(f"{who} fell silent {when}")
+    return UpstreamBroken(f"the connection to {who} ended {when}: {_cause(error)}")
 
 
 def _cause(error: Exception) -> str:

@@ -15,13 +15,14 @@ from distillation.economics import summarise
 from distillation.learning import Lesson, learn
 from distillation.past import PastRelease
 from routers.confidence import Confidence
+from routers.meter import TokenMeter
 from routers.router import Router
 from serving.agreement import comparison
 from serving.exchange import Exchange, Json
 from serving.linear import KnownAnswer, LinearStudent, TokenEstimate
 from serving.releases import ReleaseStore
 from serving.settings import Settings
-from serving.student import load_student
+from serving.students import load_student
 
 Make = Callable[..., Any]
 QUESTIONS = {"Is your card lost?": "lost_card", "Is your parcel late?": "late_parcel"}
@@ -68,7 +69,7 @@ def test_a_conversation_is_learned_by_who_sees_it(write_log: Make, talks: list[E
     assert lesson.outcome == "released"
     assert lesson.look is not None and lesson.look["sees"] == "conversation"
     store = ReleaseStore(state_dir)
-    student = load_student(store.read("intents", "r0001"))
+    student = load_student(store.read("intents", "r0001"), TokenMeter)
     assert store.list("intents")[0]["sees"] == "conversation"
     assert student.unsupported(talk("Is your card lost?", "it is")) is None
 

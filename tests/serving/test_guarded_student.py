@@ -16,6 +16,8 @@ ANSWER = StudentAnswer("s", [{"index": 0, "message": {"role": "assistant", "cont
 class Moody:
     """A student that does what its mood says."""
 
+    patience_s = 5.0
+
     def __init__(self) -> None:
         self.mood = "well"
         self.asked = 0
@@ -31,6 +33,9 @@ class Moody:
         if self.mood == "fails":
             raise ValueError("no idea")
         return ANSWER
+
+    def stream(self, request: Json) -> None:
+        return None
 
     async def aclose(self) -> None:
         self.closed = True

@@ -1,0 +1,168 @@
+"""The student `lm`: a language model behind any OpenAI-compatible server, asked as a stream, with log-probabilities.
+
+Always at temperature 0 and always as a stream, also where a whole answer is wanted: what is known of an answer is the
+same then, at the same tokens. A release holds its plan (`serving.lm_plan`) and nothing of the model, which is its
+server's to keep: a server that answers under the same name with another model makes what was tested void.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import orjson
+
+from serving.chat import text_of, token_limit
+from serving.errors import ConfigError, UpstreamRefused
+from serving.exchange import Json, StudentAnswer
+from serving.lm_plan import LmPlan
+from serving.lm_stream import LmStream, StudentBroken
+from serving.logprobs import may_be_about_logprobs
+from serving.tally import Metering, Tally
+from serving.upstream import Headers, StaleConnection, Upstream, UpstreamResponse
+
+_CHAT = "/chat/completions"
+_PASSED_ON = (
+    "messages",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "stop",
+    "seed",
+    "frequency_penalty",
+    "presence_penalty",
+)
+"""What of a request the model sees. The rest is the teacher's: who asks, how it is billed, how it is sampled."""
+
+
+class LmStudent:
+    """A language model, asked through `upstream`, which it owns. `metering` makes the signals of each answer."""
+
+    def __init__(
+        self, plan: LmPlan, upstream: Upstream, metering: Metering, *, key: str | None = None
+    ) -> None:
+        self.plan = plan
+        self.patience_s = plan.timeout_s
+        self._upstream = upstream
+        self._metering = metering
+        self._headers: Headers = [
+            ("content-type", "application/json"),
+            ("accept-encoding", "identity"),
+            *([] if key is None else [("authorization", f"Bearer {key}")]),
+        ]
+        self._has_logprobs = True
+
+    @classmethod
+    def of(cls, plan: LmPlan, metering: Metering) -> LmStudent:
+        """The student of a plan, with its key from the environment. Raises ConfigError for a key that can't be sent."""
+        upstream = Upstream(plan.base_url, timeout_s=plan.timeout_s, who="the student")
+        return cls(plan, upstream, metering, key=_key(plan.api_key_env))
+
+    def unsupported(self, request: Json) -> str | None:
+        """The feature of `request` that isn't left to a student, or None: text, tools and formats are."""
+        for name, feature in (("functions", "tools"), ("logit_bias", "logit_bias"), ("audio", "audio")):
+            if request.get(name):
+                return feature
+        if request.get("n") not in (None, 1):
+            return "n"
+        if request.get("logprobs") or request.get("top_logprobs"):
+            return "logprobs"
+        if request.get("modalities") not in (None, [], ["text"]):
+            return "audio"
+        if request.get("web_search_options") is not None:
+            return "web_search"
+        messages = request["messages"]
+        if messages[-1].get("role") == "assistant":
+            return "prefill"
+        spoken = (message.get("content") for message in messages)
+        return "content" if any(said and text_of(said) is None for said in spoken) else None
+
+    async def answer(self, request: Json) -> StudentAnswer:
+        """The whole answer to a supported request. Raises UpstreamBroken or UpstreamTimeout."""
+        stream = self.stream(request)
+        try:
+            async for _ in stream:
+                pass
+        finally:
+            await stream.aclose()
+        return stream.answer()
+
+    def stream(self, request: Json) -> LmStream:
+        """The same while it is made: from the beginning of the iteration on."""
+
+        async def ask() -> UpstreamResponse:
+            return await self._ask(request)
+
+        tally = Tally(self._metering(request), self.plan.marks)
+        return LmStream(ask, request, tally, plan=self.plan, limit=self._limit(request))
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self._upstream.aclose()
+
+    async def _ask(self, request: Json) -> UpstreamResponse:
+        """Send a request; without log-probabilities from the time on that the server has refused to give them."""
+        has_logprobs = self._has_logprobs
+        try:
+            return await self._sent(request, logprobs=has_logprobs)
+        except UpstreamRefused as error:
+            if not (has_logprobs and may_be_about_logprobs(error)):
+                raise _refusal(error, self._upstream.place) from None
+        try:
+            response = await self._sent(request, logprobs=False)
+        except UpstreamRefused as error:
+            raise _refusal(error, self._upstream.place) from None
+        self._has_logprobs = False
+        return response
+
+    async def _sent(self, request: Json, *, logprobs: bool) -> UpstreamResponse:
+        body = orjson.dumps(self._body(request, logprobs=logprobs))
+        try:
+            response = await self._upstream.request("POST", _CHAT, headers=self._headers, body=body)
+        except StaleConnection:
+            response = await self._upstream.request("POST", _CHAT, headers=self._headers, body=body)
+        if 200 <= response.status < 300:
+            return response
+        async with response:
+            raise UpstreamRefused(response.status, dict(response.headers), await response.read())
+
+    def _body(self, request: Json, *, logprobs: bool) -> Json:
+        asked: Json = {name: request[name] for name in _PASSED_ON if request.get(name) is not None}
+        asked |= {
+            "model": self.plan.model,
+            "temperature": 0,
+            "max_tokens": self._limit(request),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if logprobs:
+            asked |= {"logprobs": True, "top_logprobs": self.plan.top_logprobs}
+        return asked
+
+    def _limit(self, request: Json) -> int:
+        limit = token_limit(request)
+        return self.plan.max_tokens if limit is None else min(limit, self.plan.max_tokens)
+
+    def files(self) -> dict[str, bytes]:
+        """The student as files of a release; `load` reads them back."""
+        return self.plan.files()
+
+    @classmethod
+    def load(cls, files: Mapping[str, bytes], metering: Metering) -> LmStudent:
+        """Read what `files` wrote. Raises DamagedRelease, or ConfigError for a key that can't be sent."""
+        return cls.of(LmPlan.load(files), metering)
+
+
+def _refusal(error: UpstreamRefused, place: str) -> StudentBroken:
+    said = error.body[:200].decode("utf-8", "replace").strip()
+    return StudentBroken(f"the student at {place} answered with status {error.status}: {said}")
+
+
+def _key(variable: str | None) -> str | None:
+    value = os.environ.get(variable, "").strip() if variable is not None else ""
+    if not (value.isascii() and value.isprintable()):
+        raise ConfigError(
+            f"the student's key in the environment variable {variable} has characters that can't be sent: set it again"
+        )
+    return value or None

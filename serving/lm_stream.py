@@ -1,0 +1,198 @@
+"""A language model's answer while it comes in: pieces, with what is known of it at its checkpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Self
+
+import orjson
+
+from serving.assembler import Assembler
+from serving.chat import chunks
+from serving.errors import UpstreamBroken, UpstreamError
+from serving.estimate import unfinished_usage
+from serving.exchange import Json, StudentAnswer
+from serving.failed_answer import error_in
+from serving.lm_plan import LmPlan
+from serving.logprobs import hide_logprobs, without_logprobs
+from serving.mending import Mender
+from serving.sse import EventParser
+from serving.student import CommitPlan, Piece
+from serving.tally import Tally
+from serving.teacher_stream import completion_of
+from serving.upstream import MOST_ANSWER_BYTES, UpstreamResponse
+
+_DONE = b"[DONE]"
+_DRAIN_S = 0.1
+
+
+class StudentBroken(UpstreamBroken):
+    """The student's server answered with an error, with nothing that is an answer, or not to the end."""
+
+
+class LmStream:
+    """Gives the pieces of one answer to `request`; `ask` sends it, when the iteration begins. See `StudentStream`.
+
+    `limit` is how many tokens are allowed. Iterating raises UpstreamBroken (StudentBroken among them) or
+    UpstreamTimeout.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[], Awaitable[UpstreamResponse]],
+        request: Json,
+        tally: Tally,
+        *,
+        plan: LmPlan,
+        limit: int,
+    ) -> None:
+        self.plan: CommitPlan = plan
+        self._ask = ask
+        self._request = request
+        self._tally = tally
+        self._model = plan.model
+        self._limit = limit
+        self._began = time.perf_counter()
+        self._response: UpstreamResponse | None = None
+        self._bytes = 0
+        self._parser = EventParser()
+        self._mender = Mender(model=plan.model)
+        self._assembler = Assembler()
+        self._events: deque[bytes] = deque()
+        self._ready: deque[Piece] = deque()
+        self._done = False
+        self._ended = False
+        self._complete = False
+        self._took_s: float | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Piece:
+        while not self._ready:
+            if self._complete:
+                raise StopAsyncIteration
+            if self._response is None:
+                self._response = await self._ask()
+                if _header(self._response, "content-type").startswith("application/json"):
+                    await self._take_whole(self._response)
+                    continue
+            event = await self._next_event(self._response)
+            if event is None:
+                self._end()
+            else:
+                self._take(_read(event))
+        return self._ready.popleft()
+
+    def answer(self) -> StudentAnswer:
+        """The answer as far as it has come."""
+        choices = self._assembler.choices
+        told = (self._assembler.usage or {}).get("completion_tokens")
+        score, signals = self._tally.whole(choices, told if type(told) is int else None)
+        usage = unfinished_usage(self._request, self._assembler)
+        counted = told if type(told) is int else self._tally.tokens or usage["completion_tokens"]
+        return StudentAnswer(
+            model=self._assembler.model or self._model,
+            choices=without_logprobs(choices),
+            usage={
+                "prompt_tokens": usage["prompt_tokens"],
+                "completion_tokens": counted,
+                "total_tokens": usage["prompt_tokens"] + counted,
+            },
+            latency_s=time.perf_counter() - self._began if self._took_s is None else self._took_s,
+            score=score,
+            signals=signals,
+            checkpoints=list(self._tally.checkpoints),
+            complete=self._complete and not self._ready,
+        )
+
+    async def aclose(self, *, failed: bool = False) -> None:
+        """Give the connection back after a whole answer; else close it, by which the server learns to stop."""
+        if self._took_s is None:
+            self._took_s = time.perf_counter() - self._began
+        if self._response is None:
+            return
+        try:
+            if self._complete and not self._ended:
+                async with asyncio.timeout(_DRAIN_S):
+                    while await self._response.read_chunk() is not None:
+                        pass
+        except (TimeoutError, UpstreamError):
+            pass
+        finally:
+            await self._response.aclose()
+
+    async def _next_event(self, response: UpstreamResponse) -> bytes | None:
+        while not self._events:
+            if self._ended:
+                return None
+            piece = await response.read_chunk()
+            self._bytes += len(piece or b"")
+            if self._bytes > MOST_ANSWER_BYTES:
+                raise StudentBroken(f"the student's answer is longer than {MOST_ANSWER_BYTES} bytes")
+            if piece is None:
+                self._ended = True
+                self._events.extend(self._parser.end())
+            else:
+                self._events.extend(self._parser.feed(piece))
+        event = self._events.popleft()
+        if event == _DONE:
+            self._done = True
+            return None
+        return event
+
+    def _take(self, data: Json) -> None:
+        self._mender.mend(data)
+        self._assembler.add(data)
+        if not data["choices"]:
+            return  # a keep-alive, or the usage, which the assembler has
+        reached = [mark for choice in data["choices"] for mark in self._tally.take(choice)]
+        hide_logprobs(data["choices"])
+        self._ready.append(Piece(data["choices"], reached))
+
+    def _end(self) -> None:
+        if not self._done and not self._assembler.finished:
+            raise StudentBroken("the student's answer ended in its middle")
+        for data in self._mender.unfinished(usage=self._assembler.usage, limit=self._limit):
+            self._assembler.add(data)
+            self._ready.append(Piece(data["choices"], []))
+        if not self._assembler.choices:
+            raise StudentBroken("the student's stream ended without an answer")
+        self._finish()
+
+    def _finish(self) -> None:
+        self._complete = True
+        self._took_s = time.perf_counter() - self._began
+
+    async def _take_whole(self, response: UpstreamResponse) -> None:
+        """Cut an answer that came whole, although a stream was asked for, into pieces."""
+        raw = await response.read()
+        try:
+            completion, _ = completion_of(raw, response.headers, self._request)
+        except UpstreamError:
+            raise StudentBroken(f"the student's answer is no completion ({len(raw)} bytes)") from None
+        for data in chunks(completion, include_usage=True):
+            self._take(data)
+        self._ended = True
+        self._finish()
+
+
+def _read(event: bytes) -> Json:
+    try:
+        data = orjson.loads(event)
+    except orjson.JSONDecodeError:
+        raise StudentBroken(
+            f"the student's stream holds an event that isn't JSON ({len(event)} bytes)"
+        ) from None
+    if not isinstance(data, dict):
+        raise StudentBroken("the student's stream holds an event that isn't a JSON object")
+    if b"error" in event and error_in(data) is not None:
+        raise StudentBroken("the student reported an error in the middle of its stream")
+    return data
+
+
+def _header(response: UpstreamResponse, name: str) -> str:
+    return next((value for key, value in response.headers if key == name), "")

@@ -1,0 +1,26 @@
+"""Every kind of student: from a release on disk to one that answers."""
+
+from __future__ import annotations
+
+from serving.errors import DamagedRelease
+from serving.linear import LinearStudent
+from serving.lm import LmStudent
+from serving.releases import Release
+from serving.student import Student
+from serving.tally import Metering
+
+
+def load_student(release: Release, metering: Metering) -> Student:
+    """The student of a release, ready to answer; `metering` makes the signals of a language model's answers.
+
+    Raises DamagedRelease if its files can't be read.
+    """
+    kind = release.card.get("student")
+    if kind == "linear":
+        return LinearStudent.load(release.files)
+    if kind == "lm":
+        return LmStudent.load(release.files, metering)
+    raise DamagedRelease(
+        f"release {release.name} of task {release.task} holds a student of kind {kind!r}, "
+        "which this version can't serve"
+    )
