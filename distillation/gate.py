@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -17,10 +16,10 @@ from distillation.cross_fit import cross_fit
 from distillation.dataset import Dataset
 from distillation.past import Past, PastRelease, propensity_of
 from distillation.scored import Scored
+from routers.admission import AnswerTerms, Verdict, admit
 from routers.calibration import PlattCalibrator
 from routers.confidence import Confidence
-from routers.looks import spent, tested_grid
-from routers.promise import Admission, Promise
+from routers.looks import spent
 from routers.router import Router
 from serving.agreement import comparison
 from serving.settings import TaskPolicy
@@ -33,21 +32,20 @@ AsRelease = Callable[[Router, Mapping[str, tuple[float, str]]], R_co]
 
 @dataclass(frozen=True, slots=True)
 class Look(Generic[R_co]):
-    """What a look found. `candidate` is the release to be, None when no level passed.
+    """What a look found. `candidate` is the release to be, None when nothing passed.
 
-    `delta` is what the look spent. `coverage` is the share of all traffic at or above the threshold: the level's
-    own, or more where scores tie (a student with a single answer scores all texts the same). `agreement` is the
-    share of all traffic on which the cross-fitted students agree with the teacher (weighted by 1/propensity);
-    `worst` the answers the student gives that agree least often.
+    `delta` is what the look spent, `verdict` says on what, under the owner's `terms`. `coverage` is the share of all
+    traffic that would be answered, by the rules the release has; `agreement` the share on which students that hadn't
+    seen the rows agree with the teacher (both weighted by 1/propensity).
     """
 
     number: int
     labels: int
     delta: float
-    admission: Admission
+    terms: AnswerTerms
+    verdict: Verdict
     coverage: float | None
     agreement: float
-    worst: list[tuple[str, int, float]]
     candidate: R_co | None
 
 
@@ -85,47 +83,62 @@ def judge(
     """Test the promise of a student whose answers to the dataset's rows are `fitted`, as `take_look` does."""
     propensity = propensity_of(dataset, past)
     delta = spent(number, 1.0 - policy.certainty)
-    forbidden = _forbidden(policy)
+    terms = answer_terms(policy)
     calibrator = PlattCalibrator().fit(fitted.scores, fitted.agreed, 1.0 / propensity)
     confidence = Confidence.of_score(calibrator.slope_, calibrator.offset_)
     ranks = confidence.ranks(fitted.scores, fitted.signals, fitted.predicted)
-    # Answers that always go to the teacher are never served: they rank below everything.
-    served = np.where([key in forbidden for key in fitted.predicted], -np.inf, ranks)
     progress("testing the promise")
-    promise = Promise(policy.max_disagreement, 1.0 - delta, seed=seed)
-    grid = tested_grid(float((propensity.min() / propensity).sum()), promise.least_accepted)
-    admission = promise.admit(served, fitted.agreed, propensity=propensity, grid=grid)
+    verdict = admit(
+        ranks,
+        fitted.predicted,
+        fitted.agreed,
+        propensity,
+        max_disagreement=policy.max_disagreement,
+        delta=delta,
+        level=1.0 - policy.certainty,
+        terms=terms,
+        seed=seed,
+    )
     candidate, coverage = None, None
-    if admission.threshold is not None:
-        coverage = float(np.average(served >= admission.threshold, weights=1.0 / propensity))
+    if verdict.passed:
+        coverage = float(np.average(verdict.accepted, weights=1.0 / propensity))
         held_out = {
             row.id: (float(rank), key)
             for row, rank, key in zip(dataset.rows, ranks, fitted.predicted, strict=True)
             if np.isfinite(rank)
         }
-        candidate = as_release(Router(confidence, admission.threshold, forbidden), held_out)
+        router = Router(
+            confidence,
+            verdict.rank_threshold,
+            always_escalate=terms.always_escalate,
+            vetoed=verdict.vetoed,
+            unproven=verdict.unproven,
+            proven=verdict.proven,
+        )
+        candidate = as_release(router, held_out)
     return Look(
         number=number,
         labels=len(dataset.rows),
         delta=delta,
-        admission=admission,
+        terms=terms,
+        verdict=verdict,
         coverage=coverage,
         agreement=float(np.average(fitted.agreed, weights=1.0 / propensity)),
-        worst=_worst(fitted),
         candidate=candidate,
     )
 
 
-def _forbidden(policy: TaskPolicy) -> frozenset[str]:
-    """The answers that only the teacher may give, in the normal form answers are compared in."""
+def answer_terms(policy: TaskPolicy) -> AnswerTerms:
+    """What the policy says about answers, which are named there as one would write them, by their keys."""
     comparing = comparison(policy.agreement)
-    written = [[{"message": {"content": text}, "finish_reason": "stop"}] for text in policy.always_escalate]
-    return frozenset(key for key in map(comparing.key, written) if key is not None)
 
+    def keys(written: Iterable[str]) -> Iterable[tuple[str, str]]:
+        for text in written:
+            key = comparing.key([{"message": {"content": text}, "finish_reason": "stop"}])
+            if key is not None:
+                yield key, text
 
-def _worst(fitted: Scored, most: int = 10) -> list[tuple[str, int, float]]:
-    """The student's answers that agree least: (answer, times given, share that agreed), worst first."""
-    given = Counter(fitted.predicted)
-    agreed = Counter(key for key, ok in zip(fitted.predicted, fitted.agreed, strict=True) if ok)
-    shares = [(key, count, agreed[key] / count) for key, count in given.items() if count >= 5]
-    return sorted(shares, key=lambda item: (item[2], -item[1], item[0]))[:most]
+    prove: dict[str, float] = {}
+    for key, text in keys(policy.prove):
+        prove[key] = min(policy.prove[text], prove.get(key, 1.0))
+    return AnswerTerms(frozenset(key for key, _ in keys(policy.always_escalate)), prove)

@@ -157,6 +157,8 @@ def _message(outcome: str, release: str | None, card: Json, policy: TaskSettings
     if not tested:
         return f"no level has enough labels yet for {promise}; more labels are needed"
     last = tested[-1]
+    if not last["accepted"]:
+        return f"not yet: each of the surest answers disagrees more than promised by itself; {promise} is asked for"
     share = last["disagreements"] / last["accepted"]
     return (
         f"not yet: at {last['coverage']:.0%} coverage {share:.1%} of {last['accepted']} labels disagree, "

@@ -12,12 +12,19 @@ from routers.looks import unseen_chance
 from serving.exchange import Json
 from serving.settings import TaskPolicy
 
+_MOST_SLICES = 100
+
 
 def report_card(look: Look[Past], dataset: Dataset, policy: TaskPolicy, *, releases_so_far: int) -> Json:
-    """The card of a look, passed or not, as JSON. `releases_so_far` doesn't count the one this look may make."""
+    """The card of a look, passed or not, as JSON. `releases_so_far` doesn't count the one this look may make.
+
+    `slices` are the answers that aren't named in `prove`, the worst first, at most 100 of them.
+    """
     delta = 1.0 - policy.certainty
     releases = releases_so_far + (look.candidate is not None)
     router = look.candidate.router if look.candidate is not None else None
+    verdict = look.verdict
+    standings = Counter(one.standing for one in verdict.slices)
     models = Counter(row.teacher_model for row in dataset.rows if row.teacher_model is not None)
     return {
         "student": policy.student.kind,
@@ -33,12 +40,23 @@ def report_card(look: Look[Past], dataset: Dataset, policy: TaskPolicy, *, relea
         "unseen_chance": unseen_chance(dataset.answers),
         "agreement": look.agreement,
         "coverage": look.coverage,
-        "rank_threshold": look.admission.threshold,
+        "rank_threshold": verdict.whole.threshold,
         "threshold": router.threshold if router is not None else None,
-        "levels": [asdict(level) for level in look.admission.levels],
-        "worst_answers": [
-            {"answer": answer, "given": given, "agreed": agreed} for answer, given, agreed in look.worst
-        ],
+        "levels": [asdict(level) for level in verdict.whole.levels],
+        "levels_delta": verdict.delta,
+        "named": {
+            answer: {
+                "max_disagreement": policy_bound,
+                "delta": verdict.named_delta,
+                "proven": answer in verdict.proven,
+                "given": verdict.given[answer],
+                "levels": [asdict(level) for level in verdict.named[answer].levels],
+            }
+            for answer, policy_bound in look.terms.named.items()
+        },
+        "always_escalate": sorted(look.terms.always_escalate),
+        "slices": [asdict(one) for one in verdict.slices[:_MOST_SLICES]],
+        "standings": {standing: standings[standing] for standing in ("vetoed", "unproven", "shown")},
         "teacher_models": dict(models),
         "left_out": dict(dataset.left_out),
         "releases": releases,

@@ -8,7 +8,7 @@ nothing is approximated; labels with unequal propensities are thinned to a simpl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +25,9 @@ COVERAGES: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(8, 
 class Level:
     """One threshold that was tested, or skipped because so few accepted labels could prove nothing.
 
-    `coverage` is the share of traffic to accept, `accepted` the number of labels tested at `threshold` and
-    `disagreements` how many of them disagreed. `p_value` is None for a skipped level.
+    `coverage` is the share of traffic that is accepted there (more than the grid aims at where scores tie, less where
+    answers are refused), `accepted` the number of labels tested at `threshold` and `disagreements` how many of them
+    disagreed. `p_value` is None for a skipped level.
     """
 
     coverage: float
@@ -90,8 +91,13 @@ class Promise:
         *,
         propensity: ArrayLike | None = None,
         grid: Sequence[float] | None = None,
+        refused: Callable[[Bools], Bools] | None = None,
     ) -> Admission:
-        """As `threshold`, with every level that was tested. Raises ValueError for arrays that don't fit together."""
+        """As `threshold`, with every level that was tested. Raises ValueError for arrays that don't fit together.
+
+        `refused` is asked at each level, given which labels lie at or above its threshold, bool[n], for those whose
+        answers wouldn't be served all the same; no label may have had a hand in its own refusal (routers/slices.py).
+        """
         scores = np.asarray(confidence, dtype=np.float64)
         agreeing = _booleans(agreed)
         chances = np.ones(scores.shape) if propensity is None else np.asarray(propensity, dtype=np.float64)
@@ -100,14 +106,22 @@ class Promise:
             return Admission(None, None, [])
         scores = np.where(np.isfinite(scores), scores, -np.inf)
         kept = self._thinned(chances)
+        weights = 1.0 / chances
         delta = 1.0 - self.certainty
         levels: list[Level] = []
         best: Level | None = None
-        for coverage, cut in _cuts(scores, chances, COVERAGES if grid is None else grid):
-            tested = kept & (scores >= cut)
+        for cut in _cuts(scores, chances, COVERAGES if grid is None else grid):
+            served = scores >= cut
+            enough = int((kept & served).sum()) >= self.least_accepted
+            if refused is not None:
+                served &= ~refused(served)
+            tested = kept & served
+            coverage = float(weights[served].sum() / weights.sum())
             accepted = int(tested.sum())
             disagreements = int((tested & ~agreeing).sum())
-            if accepted < self.least_accepted:
+            if not enough:
+                # Known from scores alone. One that is short of labels only after refusals fails: agreement
+                # decided on those, and may not decide which levels are tested.
                 levels.append(Level(coverage, cut, accepted, disagreements, None, False))
                 continue
             p_value = binomial_tail(disagreements, accepted, self.max_disagreement)
@@ -137,37 +151,31 @@ def binomial_tail(disagreements: int, accepted: int, alpha: float) -> float:
     """P(X ≤ disagreements) for X ~ Binomial(accepted, alpha): the exact p-value of "disagreement ≥ alpha"."""
     if disagreements >= accepted:
         return 1.0
-    k = np.arange(disagreements + 1)
-    log_choose = np.array(
-        [
-            math.lgamma(accepted + 1) - math.lgamma(i + 1) - math.lgamma(accepted - i + 1)
-            for i in range(len(k))
-        ]
-    )
-    log_terms = log_choose + k * math.log(alpha) + (accepted - k) * math.log1p(-alpha)
+    k = np.arange(disagreements)
+    # Each term from the one before: P(k+1)/P(k) = (n−k)/(k+1) · α/(1−α).
+    steps = np.log((accepted - k) / (k + 1.0)) + (math.log(alpha) - math.log1p(-alpha))
+    log_terms = accepted * math.log1p(-alpha) + np.concatenate([[0.0], np.cumsum(steps)])
     largest = float(log_terms.max())
     return min(1.0, math.exp(largest) * float(np.exp(log_terms - largest).sum()))
 
 
-def _cuts(scores: Floats, chances: Floats, grid: Sequence[float]) -> list[tuple[float, float]]:
+def _cuts(scores: Floats, chances: Floats, grid: Sequence[float]) -> list[float]:
     """The score at each coverage, by the labels' share of the traffic (weight 1/propensity); equal ones once.
 
-    Where less than a coverage has a finite score, the cut is the lowest of them and the coverage what they are.
+    Where less than a coverage has a finite score, the cut is the lowest of them.
     """
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
     weights = 1.0 / chances[order]
     share = np.cumsum(weights) / weights.sum()
     usable = int(np.isfinite(ranked).sum())
-    cuts: list[tuple[float, float]] = []
+    cuts: list[float] = []
     for coverage in grid:
         if not 0.0 < coverage <= 1.0:
             raise ValueError(f"a coverage must lie in (0, 1], got {coverage}")
-        place = int(np.searchsorted(share, coverage - 1e-9))
-        if place >= usable:
-            place, coverage = usable - 1, float(share[usable - 1])
-        if place >= 0 and (not cuts or ranked[place] < cuts[-1][1]):
-            cuts.append((coverage, float(ranked[place])))
+        place = min(int(np.searchsorted(share, coverage - 1e-9)), usable - 1)
+        if place >= 0 and (not cuts or ranked[place] < cuts[-1]):
+            cuts.append(float(ranked[place]))
     return cuts
 
 

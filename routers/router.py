@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import orjson
 
@@ -32,13 +32,19 @@ class Router:
     """Decides for one release.
 
     `confidence` ranks an answer by its score and signals; the untied rank is compared with `rank_threshold`, and the
-    probability people read is the rank's own. `always_escalate` holds the keys of answers that only the teacher may
-    give.
+    probability people read is the rank's own.
+
+    The rest are the answers' rules (STATISTICS.md §4), by their keys: `always_escalate` only the teacher may give,
+    `vetoed` were shown to disagree more than promised, `unproven` have yet to prove a bound of their own, and `proven`
+    did so: each of those has a threshold of its own. A `rank_threshold` of ∞ serves nothing but them.
     """
 
     confidence: Confidence
     rank_threshold: float
     always_escalate: frozenset[str] = frozenset()
+    vetoed: frozenset[str] = frozenset()
+    unproven: frozenset[str] = frozenset()
+    proven: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def threshold(self) -> float:
@@ -53,22 +59,32 @@ class Router:
         """As `decide`, for an answer whose rank is known already."""
         known = math.isfinite(rank)
         confidence = probability(rank) if known else 0.0
-        if answer_key is not None and answer_key in self.always_escalate:
-            return Decision(False, confidence, self.threshold, "always_escalate")
-        if not known:
-            return Decision(False, confidence, self.threshold, "no_signals")
-        if rank >= self.rank_threshold:
-            return Decision(True, confidence, self.threshold, "confident")
-        return Decision(False, confidence, self.threshold, "low_confidence")
+        reason, rank_threshold = "no_signals", self.rank_threshold
+        if answer_key is not None:
+            rank_threshold = self.proven.get(answer_key, rank_threshold)
+            if answer_key in self.always_escalate:
+                known, reason = False, "always_escalate"
+            elif answer_key in self.vetoed:
+                known, reason = False, "vetoed_answer"
+            elif answer_key in self.unproven:
+                known, reason = False, "unproven_answer"
+        accepted = known and rank >= rank_threshold
+        if known:
+            reason = "confident" if accepted else "low_confidence"
+        return Decision(accepted, confidence, probability(rank_threshold), reason)
 
     def dump(self) -> bytes:
         """The router as the file `router.json` of a release."""
         return orjson.dumps(
             {
                 "schema": SCHEMA,
-                "rank_threshold": self.rank_threshold,
+                # JSON has no infinity; read back, the text is one.
+                "rank_threshold": "inf" if self.rank_threshold == math.inf else self.rank_threshold,
                 "confidence": self.confidence.to_json(),
                 "always_escalate": sorted(self.always_escalate),
+                "vetoed": sorted(self.vetoed),
+                "unproven": sorted(self.unproven),
+                "proven": dict(self.proven),
             }
         )
 
@@ -90,7 +106,7 @@ class Router:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamagedRelease(f"router.json can't be read: {type(error).__name__}: {error}") from error
-        if math.isnan(router.rank_threshold):
+        if any(math.isnan(threshold) for threshold in (router.rank_threshold, *router.proven.values())):
             raise DamagedRelease("router.json has no usable threshold")
         return router
 
@@ -99,7 +115,10 @@ def _of_signals(read: Json) -> Router:
     return Router(
         Confidence.from_json(read["confidence"]),
         float(read["rank_threshold"]),
-        _keys(read["always_escalate"]),
+        _keys(read, "always_escalate"),
+        _keys(read, "vetoed"),
+        _keys(read, "unproven"),
+        {str(key): float(rank) for key, rank in read["proven"].items()},
     )
 
 
@@ -110,10 +129,10 @@ def _of_score(read: Json) -> Router:
     confidence = Confidence.of_score(slope, offset)
     # Summed as a rank is: a score at the threshold has exactly its rank.
     rank_threshold = offset + (0.0 + slope * float(read["score_threshold"]))
-    return Router(confidence, rank_threshold, _keys(read["always_escalate"]))
+    return Router(confidence, rank_threshold, _keys(read, "always_escalate"))
 
 
-def _keys(value: object) -> frozenset[str]:
-    if not isinstance(value, list):
-        raise TypeError("always_escalate is no list")
-    return frozenset(str(key) for key in value)
+def _keys(read: Json, name: str) -> frozenset[str]:
+    if not isinstance(read[name], list):
+        raise TypeError(f"{name} is no list")
+    return frozenset(str(key) for key in read[name])

@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -329,11 +330,25 @@ class TaskPolicy(Section):
     always_escalate: list[str] = Field(
         default=[], description="student answers that always go to the teacher"
     )
+    prove: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default={},
+        description="answers that are served only once they have kept a bound of their own: the most that may disagree",
+    )
     on_teacher_failure: Literal["error", "student"] = "error"
     cache: bool | None = Field(
         None,
         description="which answers may be cached: absent, those at temperature 0; true, all; false, none",
     )
+
+
+def _check_prove(policy: TaskPolicy, where: str = "") -> None:
+    """Raise ValueError where a named answer may disagree more than all: it would loosen what is promised of them."""
+    for answer, bound in policy.prove.items():
+        if bound > policy.max_disagreement:
+            raise ValueError(
+                f"{where}prove lets {bound:g} of the answers {answer!r} disagree, but max_disagreement is "
+                f"{policy.max_disagreement:g}: name an answer there to hold it to that or less"
+            )
 
 
 class TaskSettings(TaskPolicy):
@@ -370,6 +385,24 @@ class Settings(BaseSettings):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"should name every task once; {', '.join(twice)} is there more than once")
+        return value
+
+    @field_validator("task_defaults")
+    @classmethod
+    def _defaults_hold_named_answers_to_more(cls, value: TaskPolicy) -> TaskPolicy:
+        _check_prove(value)
+        return value
+
+    @field_validator("task")
+    @classmethod
+    def _tasks_hold_named_answers_to_more(
+        cls, value: list[TaskSettings], info: ValidationInfo
+    ) -> list[TaskSettings]:
+        defaults = info.data.get("task_defaults")
+        if isinstance(defaults, TaskPolicy):  # else what is wrong with it is said
+            for task in value:
+                given = {**defaults.model_dump(exclude_unset=True), **task.model_dump(exclude_unset=True)}
+                _check_prove(TaskSettings(**given), f"task {task.name}: ")
         return value
 
     @classmethod

@@ -7,6 +7,7 @@ import math
 import re
 import typing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,9 @@ def test_response_headers_are_those_that_are_sent(stand_in: Any, gateway: Any, p
 
 def test_reasons_are_documented_both_ways() -> None:
     router = Router(Confidence.of_score(1.0, 0.0), rank_threshold=0.0, always_escalate=frozenset({"never"}))
+    rules = replace(router, vetoed=frozenset({"worse"}), unproven=frozenset({"named"}))
     decided = {router.decide(score, {}, "answer").reason for score in (1.0, -1.0, math.nan)}
-    decided.add(router.decide(1.0, {}, "never").reason)
+    decided |= {rules.decide(1.0, {}, answer).reason for answer in ("never", "worse", "named")}
     declared = {value for key, value in vars(names).items() if re.match("REASON_(?!HEADER)", key)}
     documented = {row[0] for row in table(section("Headers"), "reason")}
     assert documented == declared | decided

@@ -104,7 +104,7 @@ class TestOutcomes:
         state = write_log(exchanges(pairs(120, noise=1.0)))
         found = lesson(state)
         assert (found.outcome, found.release) == ("held", None)
-        assert found.message.startswith("not yet: at ")
+        assert found.message.startswith("not yet: ")
         assert found.needed == 150
         assert ReleaseStore(state).live("intents") is None
         assert ReleaseStore(state).list("intents") == []

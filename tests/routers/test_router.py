@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -23,6 +24,9 @@ ROUTER = Router(
     ),
     rank_threshold=2.0,
     always_escalate=frozenset({"refund", "legal"}),
+    vetoed=frozenset({"worse"}),
+    unproven=frozenset({"named"}),
+    proven={"lenient": 1.0, "strict": 4.0},
 )
 KNOWN = {"unknown": 0.0}
 OF_SCHEMA_1 = {
@@ -59,7 +63,13 @@ def confidences(draw: st.DrawFn) -> Confidence:
 
 
 routers = st.builds(
-    Router, confidence=confidences(), rank_threshold=finite, always_escalate=st.frozensets(words)
+    Router,
+    confidence=confidences(),
+    rank_threshold=finite | st.just(math.inf),
+    always_escalate=st.frozensets(words),
+    vetoed=st.frozensets(words),
+    unproven=st.frozensets(words),
+    proven=st.dictionaries(words, finite),
 )
 
 
@@ -69,11 +79,13 @@ def test_what_was_dumped_is_loaded(router: Router) -> None:
 
 
 def test_the_same_router_is_the_same_bytes() -> None:
-    again = Router(ROUTER.confidence, 2.0, frozenset({"legal", "refund"}))
+    again = replace(ROUTER, always_escalate=frozenset({"legal", "refund"}))
     assert again.dump() == ROUTER.dump()
 
 
-@pytest.mark.parametrize("key", ["schema", "rank_threshold", "confidence", "always_escalate"])
+@pytest.mark.parametrize(
+    "key", ["schema", "rank_threshold", "confidence", "always_escalate", "vetoed", "unproven", "proven"]
+)
 def test_a_missing_key_is_damage(key: str) -> None:
     read = orjson.loads(ROUTER.dump())
     del read[key]
@@ -120,6 +132,11 @@ def test_values_of_schema_1_that_decide_nothing_are_damage(key: str, value: obje
         (["rank_threshold"], [1], "can't be read"),
         (["always_escalate"], None, "can't be read"),
         (["always_escalate"], "refund", "can't be read"),
+        (["vetoed"], None, "vetoed is no list"),
+        (["unproven"], "named", "unproven is no list"),
+        (["proven"], ["named"], "can't be read"),
+        (["proven", "strict"], None, "can't be read"),
+        (["proven", "strict"], "nan", "no usable threshold"),
         (["confidence"], None, "can't be read"),
         (["confidence", "model"], 7, "7 is no name"),
         (["confidence", "offset"], "1", "no finite number"),
@@ -254,3 +271,32 @@ def test_deciding_imports_nothing_that_fits() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "rank", "accepted", "reason"),
+    [
+        ("other", 2.0, True, "confident"),
+        ("other", 1.9, False, "low_confidence"),
+        ("legal", 9.0, False, "always_escalate"),
+        ("worse", 9.0, False, "vetoed_answer"),
+        ("worse", -math.inf, False, "vetoed_answer"),
+        ("named", 9.0, False, "unproven_answer"),
+        ("lenient", 1.0, True, "confident"),
+        ("lenient", 0.9, False, "low_confidence"),
+        ("strict", 3.9, False, "low_confidence"),
+        ("strict", 4.0, True, "confident"),
+        ("strict", math.nan, False, "no_signals"),
+    ],
+)
+def test_the_rules_of_answers(answer: str, rank: float, accepted: bool, reason: str) -> None:
+    decision = ROUTER.judge(rank, answer)
+    assert (decision.accepted, decision.reason) == (accepted, reason)
+
+
+def test_without_a_threshold_for_the_rest_only_what_was_proven_is_served() -> None:
+    router = Router.load(replace(ROUTER, rank_threshold=math.inf).dump())
+    assert not router.judge(1e300, "other").accepted
+    assert not router.judge(1e300).accepted
+    assert router.judge(1.0, "lenient").accepted
+    assert router.threshold == 1.0

@@ -265,3 +265,32 @@ def test_who_writes_the_key_into_the_file_is_told_where_it_belongs(tmp_path: Pat
 
 def test_one_pair_of_brackets_is_not_enough_for_a_task(tmp_path: Path) -> None:
     assert "write [[task]]" in complaint(tmp_path, "[task]\nname = 'a'\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[task_defaults]\nprove = {refund = 0.06}", "prove lets 0.06 of the answers 'refund' disagree"),
+        (
+            "[task_defaults]\nprove = {refund = 0.04}\n[[task]]\nname = 'a'\nmax_disagreement = 0.03",
+            "task a: prove lets 0.04 of the answers 'refund' disagree, but max_disagreement is 0.03",
+        ),
+        ("[[task]]\nname = 'a'\n[task.prove]\nrefund = 0.0", "greater than 0"),
+        ("[[task]]\nname = 'a'\n[task.prove]\nrefund = 'never'", "should be a number"),
+        ("[[task]]\nname = 'a'\nprove = ['refund']", "prove"),
+    ],
+)
+def test_bounds_of_named_answers_that_cant_be_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "understudy.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(path)
+    assert said in str(caught.value)
+
+
+def test_a_named_answer_may_be_held_to_what_holds_for_all(tmp_path: Path) -> None:
+    path = tmp_path / "understudy.toml"
+    path.write_text(
+        "[task_defaults]\nmax_disagreement = 0.1\n[[task]]\nname = 'a'\n[task.prove]\n'ask a person' = 0.1\n"
+    )
+    assert load_settings(path).for_task("a").prove == {"ask a person": 0.1}

@@ -1,0 +1,157 @@
+"""Whether a student may go live, and with which rules: the promise, and the answers' own (STATISTICS.md §3 and §4).
+
+Answers that are named with a bound of their own are tested each by itself, on its own labels alone, and all the others
+together, less what is vetoed. No label counts in two of these tests, and a named answer's bound is at most α: when all
+hold, what is served disagrees at most α, whichever of the named answers are among it. The tests share δ: with named
+answers, half of it is theirs, in equal parts, and the rest the others'; without, all of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from routers.looks import tested_grid
+from routers.promise import Admission, Promise
+from routers.slices import Slice, SliceVeto, refused_out_of_fold, slices
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+FOLDS = 5
+
+NAMED_SHARE = 0.5
+"""The part of δ that the named answers' tests share."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerTerms:
+    """What a task's owner says about answers, by their keys.
+
+    `always_escalate` are those only the teacher may give; `prove` are those that are served only once they have kept a
+    bound of their own. One that is both is the teacher's.
+    """
+
+    always_escalate: frozenset[str] = frozenset()
+    prove: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def named(self) -> dict[str, float]:
+        """The answers that have something to prove."""
+        return {key: bound for key, bound in self.prove.items() if key not in self.always_escalate}
+
+    def shares(self, delta: float) -> tuple[float, float]:
+        """What of `delta` the test of all others may spend, and each of the named answers'."""
+        if not self.named:
+            return delta, 0.0
+        return delta * (1.0 - NAMED_SHARE), delta * NAMED_SHARE / len(self.named)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of testing a student.
+
+    `whole` is the test of the answers that aren't named, with `delta`; `named` that of each named one, with
+    `named_delta` (coverage there is that of its own traffic), and `given` counts the labels whose answer it is.
+    `vetoed` and `slices` are found on the labels at or above `whole`'s threshold, or, where no level passed, at or
+    above the last one tested. `accepted` bool[n] says which of the labelled exchanges would be served.
+    """
+
+    whole: Admission
+    named: dict[str, Admission]
+    given: dict[str, int]
+    delta: float
+    named_delta: float
+    vetoed: frozenset[str]
+    slices: list[Slice]
+    accepted: Bools
+
+    @property
+    def passed(self) -> bool:
+        """Whether anything may be served."""
+        return self.whole.threshold is not None or bool(self.proven)
+
+    @property
+    def rank_threshold(self) -> float:
+        """The rank from which answers that aren't named are served; ∞ where no level passed."""
+        return math.inf if self.whole.threshold is None else self.whole.threshold
+
+    @property
+    def proven(self) -> dict[str, float]:
+        """The named answers that passed, with the rank from which each is served."""
+        return {key: test.threshold for key, test in self.named.items() if test.threshold is not None}
+
+    @property
+    def unproven(self) -> frozenset[str]:
+        """The named answers that didn't."""
+        return frozenset(self.named) - frozenset(self.proven)
+
+
+def admit(
+    rank: ArrayLike,
+    answer: Sequence[str],
+    agreed: ArrayLike,
+    propensity: ArrayLike,
+    *,
+    max_disagreement: float,
+    delta: float,
+    level: float,
+    terms: AnswerTerms,
+    seed: int,
+) -> Verdict:
+    """Test n labelled exchanges: the `rank` and `answer` key a student gives that hasn't seen them, and if it `agreed`.
+
+    `propensity` is as in `Promise`, `delta` what the tests together may spend. Vetoes allow a false discovery rate of
+    `level`, and those that refuse a label come from folds without it; `seed` deals the folds as students are fitted on
+    them (cross_fit), and thins. Raises ValueError for arrays that don't fit together.
+    """
+    ranks = np.asarray(rank, dtype=np.float64)
+    agreeing = np.asarray(agreed, dtype=np.bool_)
+    chances = np.asarray(propensity, dtype=np.float64)
+    folds = np.random.default_rng(seed).permutation(len(ranks)) % FOLDS
+    keys, place = np.unique(np.asarray(answer, dtype=object).astype(str), return_inverse=True)
+    if len(ranks) != len(place):
+        raise ValueError(f"rank and answer must be equally long, got {len(ranks)} and {len(place)}")
+    named, (whole_delta, named_delta) = terms.named, terms.shares(delta)
+    others = ~np.isin(keys, [*named, *terms.always_escalate])[place] & np.isfinite(ranks)
+    promise = Promise(max_disagreement, 1.0 - whole_delta, seed=seed)
+    veto = SliceVeto(max_disagreement, level=level, seed=seed)
+    whole = promise.admit(
+        # What isn't tested here ranks below everything.
+        np.where(others, ranks, -np.inf),
+        agreeing,
+        propensity=chances,
+        grid=_grid(chances, promise),
+        refused=lambda served: refused_out_of_fold(veto, place, agreeing, chances, folds, served),
+    )
+    tests: dict[str, Admission] = {}
+    given: dict[str, int] = {}
+    for key, bound in named.items():
+        own = (keys == key)[place]
+        given[key] = int(own.sum())
+        proof = Promise(bound, 1.0 - named_delta, seed=seed)
+        tests[key] = proof.admit(
+            ranks[own], agreeing[own], propensity=chances[own], grid=_grid(chances[own], proof)
+        )
+    tested = [one.threshold for one in whole.levels if one.p_value is not None]
+    cut = whole.threshold if whole.threshold is not None else tested[-1] if tested else -np.inf
+    judged = others & (ranks >= cut)
+    veto.fit(place[judged], agreeing[judged], chances[judged])
+    accepted = judged & ~veto.refuses(place) & (whole.threshold is not None)
+    for key, test in tests.items():
+        if test.threshold is not None:
+            accepted |= (keys == key)[place] & (ranks >= test.threshold)
+    vetoed = frozenset(keys[veto.answers_[veto.vetoed_]].tolist())
+    # The report counts and names answers, not their places.
+    veto.answers_ = keys[veto.answers_]
+    return Verdict(whole, tests, given, whole_delta, named_delta, vetoed, slices(veto, level), accepted)
+
+
+def _grid(chances: Floats, promise: Promise) -> list[float]:
+    """The levels worth testing with so many labels of unequal propensity."""
+    labels = float((chances.min() / chances).sum()) if len(chances) else 0.0
+    return tested_grid(labels, promise.least_accepted)
