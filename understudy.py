@@ -294,6 +294,41 @@ def learn(
         print_lessons(lessons)
 
 
+@app.command(short_help="Say how good a release is, and what it costs.")
+def evaluate(
+    task: Annotated[str, typer.Argument(help="The task.")],
+    release: Annotated[
+        str | None, typer.Option(help="The release to evaluate, as r0001; absent: the live one.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="A recording to judge by too: CSV or JSONL with columns text, teacher and, if known, gold."
+        ),
+    ] = None,
+    config: _Config = None,
+    json: _AsJson = False,
+) -> None:
+    """Say how good a release is, by the log's labels and a recording: risk, coverage, calibration, cost.
+
+    No label judges a release that was fitted on it.
+    """
+    from distillation.console import print_json, progress_line
+    from distillation.evaluate import evaluate as evaluate_release
+    from distillation.evaluation_table import print_evaluation
+    from serving.configuration import load_settings
+    from serving.recording import read_recording
+
+    settings = load_settings(config)
+    recording = read_recording(file) if file is not None else None
+    with progress_line(json, "evaluating") as progress:
+        evaluation = evaluate_release(settings, task, release, recording, progress=progress)
+    if json:
+        print_json(evaluation.to_json())
+    else:
+        print_evaluation(evaluation)
+
+
 @app.command(short_help="Make a release live.")
 def promote(
     task: Annotated[str, typer.Argument(help="The task.")],

@@ -25,13 +25,13 @@ _PRICE = "set teacher.price, and those to come will be in `spent`"
 
 
 @contextmanager
-def progress_line(quiet: bool) -> Iterator[Callable[[str], None]]:
+def progress_line(quiet: bool, what: str = "learning") -> Iterator[Callable[[str], None]]:
     """A status line on stderr that says what is under way; nothing when `quiet` or without a terminal."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield lambda _: None
         return
-    with console.status("learning …") as status:
+    with console.status(f"{what} …") as status:
         yield lambda step: status.update(f"{step} …")
 
 

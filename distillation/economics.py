@@ -63,7 +63,7 @@ def summarise(settings: Settings, prompts: Prompts | None = None) -> list[TaskSu
 def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts | None) -> TaskSummary:
     read = reader.exchanges(task)
     if prompts is not None and all(task != configured.name for configured in settings.task):
-        prompts.add(task, ((exchange, _cost(exchange)) for exchange in read.exchanges))
+        prompts.add(task, ((exchange, cost_of(exchange)) for exchange in read.exchanges))
     policy = settings.for_task(task) if task not in RESERVED_TASKS else TaskSettings(name=task)
     dataset = build_dataset(read.exchanges, comparison(policy.agreement), policy.student.sees)
     answers = dataset.answers
@@ -83,7 +83,7 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
         labels=len(dataset.rows),
         distinct_answers=len(set(answers)),
         unseen=unseen_chance(answers),
-        cost_usd=sum(_cost(e) for e in read.exchanges) + read.unanswered_usd,
+        cost_usd=sum(cost_of(e) for e in read.exchanges) + read.unanswered_usd,
         teacher_cost_usd=sum(prices) / len(prices) if prices else None,
         release=live.release if live is not None else None,
         outlook=_outlook(settings, task, policy, dataset),
@@ -100,7 +100,7 @@ def _paid_for(exchange: Exchange) -> bool:
     return not (exchange.replayed and not exchange.by_student)
 
 
-def _cost(exchange: Exchange) -> float:
+def cost_of(exchange: Exchange) -> float:
     """What the exchange cost. An audit's answer came after the books of the request were closed: it comes on top.
 
     A teacher's answer that was replayed was paid for by the request it was first given to.

@@ -45,11 +45,10 @@ def share(hits: ArrayLike, weight: ArrayLike | None = None, *, certainty: float 
     if len(hit) == 0:
         return Share(None, 0.0, 1.0, 0, True)
     if weight is None or equal(weights := np.asarray(weight, dtype=np.float64)):
-        low, high = clopper_pearson(hit.sum(), len(hit), certainty)
-        return Share(float(hit.mean()), float(low), float(high), len(hit), True)
+        low, high = clopper_pearson(int(hit.sum()), len(hit), certainty)
+        return Share(float(hit.mean()), low, high, len(hit), True)
     value = float(np.average(hit, weights=weights))
-    low, high = wilson(value, effective(weights), certainty)
-    return Share(value, float(low), float(high), len(hit), False)
+    return Share(value, *wilson(value, effective(weights), certainty), len(hit), False)
 
 
 def equal(weights: Floats) -> bool:
@@ -63,74 +62,65 @@ def effective(weights: Floats) -> float:
     return float(scaled.sum() ** 2 / (scaled @ scaled))
 
 
-def wilson(value: ArrayLike, trials: ArrayLike, certainty: float = CERTAINTY) -> tuple[Floats, Floats]:
-    """Wilson's score interval of shares `value` among `trials` > 0, which needn't be whole."""
-    p, n = np.asarray(value, dtype=np.float64), np.asarray(trials, dtype=np.float64)
+def wilson(value: float, trials: float, certainty: float = CERTAINTY) -> tuple[float, float]:
+    """Wilson's score interval of a share `value` among `trials` > 0, which needn't be whole."""
     z = NormalDist().inv_cdf(0.5 + certainty / 2.0)
-    middle = (p + z * z / (2.0 * n)) / (1.0 + z * z / n)
-    half = z / (1.0 + z * z / n) * np.sqrt(p * (1.0 - p) / n + z * z / (4.0 * n * n))
-    low = np.where(p == 0.0, 0.0, np.maximum(middle - half, 0.0))
-    return low, np.where(p == 1.0, 1.0, np.minimum(middle + half, 1.0))
+    middle = (value + z * z / (2.0 * trials)) / (1.0 + z * z / trials)
+    half = z * math.sqrt(value * (1.0 - value) / trials + (z / (2.0 * trials)) ** 2) / (1.0 + z * z / trials)
+    return (
+        0.0 if value <= 0.0 else max(middle - half, 0.0),
+        1.0 if value >= 1.0 else min(middle + half, 1.0),
+    )
 
 
-def clopper_pearson(
-    hits: ArrayLike, trials: ArrayLike, certainty: float = CERTAINTY
-) -> tuple[Floats, Floats]:
-    """The exact interval of `hits` among `trials` ≥ 1, elementwise.
+def clopper_pearson(hits: int, trials: int, certainty: float = CERTAINTY) -> tuple[float, float]:
+    """The exact interval of `hits` among `trials` ≥ 1.
 
     Its ends are quantiles of beta distributions: of Beta(k, n−k+1) at (1−certainty)/2, of Beta(k+1, n−k) at the other.
     """
-    k, n = np.broadcast_arrays(np.asarray(hits, dtype=np.float64), np.asarray(trials, dtype=np.float64))
     tail = (1.0 - certainty) / 2.0
-    low = np.where(k > 0, _beta_quantile(np.maximum(k, 1.0), n - k + 1.0, tail), 0.0)
-    high = np.where(k < n, _beta_quantile(k + 1.0, np.maximum(n - k, 1.0), 1.0 - tail), 1.0)
+    low = _beta_quantile(hits, trials - hits + 1.0, tail) if hits > 0 else 0.0
+    high = _beta_quantile(hits + 1.0, trials - hits, 1.0 - tail) if hits < trials else 1.0
     return low, high
 
 
-def _beta_quantile(a: Floats, b: Floats, probability: float) -> Floats:
+def _beta_quantile(a: float, b: float, probability: float) -> float:
     """The x at which the distribution function of Beta(a, b) reaches `probability`, by bisection."""
-    log_gamma = np.vectorize(math.lgamma, otypes=[np.float64])
-    log_beta = log_gamma(a) + log_gamma(b) - log_gamma(a + b)
-    low, high = np.zeros_like(a), np.ones_like(a)
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    low, high = 0.0, 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2.0
-        below = _beta_distribution(middle, a, b, log_beta) < probability
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    return np.asarray((low + high) / 2.0)
+        if _beta_distribution(middle, a, b, log_beta) < probability:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2.0
 
 
-def _beta_distribution(x: Floats, a: Floats, b: Floats, log_beta: Floats) -> Floats:
+def _beta_distribution(x: float, a: float, b: float, log_beta: float) -> float:
     """I_x(a, b), the regularised incomplete beta function, by its continued fraction (DLMF 8.17.22).
 
     `log_beta` is ln B(a, b), the same for both orders of a and b.
     """
-    # It converges fast below the mean only; above, I_x(a, b) = 1 − I_{1−x}(b, a).
-    mirrored = x > (a + 1.0) / (a + b + 2.0)
-    x, a, b = np.where(mirrored, 1.0 - x, x), np.where(mirrored, b, a), np.where(mirrored, a, b)
-    with np.errstate(divide="ignore", under="ignore"):
-        front = np.exp(a * np.log(x) + b * np.log1p(-x) - log_beta) / a
-        result = front / _continued(x, a, b)
-    return np.asarray(np.where(mirrored, 1.0 - result, result))
+    if x > (a + 1.0) / (a + b + 2.0):  # it converges fast below the mean only
+        return 1.0 - _beta_distribution(1.0 - x, b, a, log_beta)
+    if x <= 0.0:
+        return 0.0
+    return math.exp(a * math.log(x) + b * math.log1p(-x) - log_beta) / a / _continued(x, a, b)
 
 
-def _continued(x: Floats, a: Floats, b: Floats) -> Floats:
+def _continued(x: float, a: float, b: float) -> float:
     """1 + d₁/(1 + d₂/(1 + …)) of DLMF 8.17.22, evaluated forwards (Lentz, 1976) until nothing moves any more."""
-    value = np.ones_like(x)
-    numerator, denominator = np.ones_like(x), np.zeros_like(x)
-    steps = 20 + int(10.0 * math.sqrt(float(np.max(a + b, initial=1.0))))
-    for step in range(1, steps):
+    value, numerator, denominator = 1.0, 1.0, 0.0
+    for step in range(1, 20 + int(10.0 * math.sqrt(a + b))):
         half = step // 2
         if step % 2:
-            d = -(a + half) * (a + b + half) * x / ((a + 2 * half) * (a + 2 * half + 1.0))
+            d = -(a + half) * (a + b + half) * x / ((a + step - 1.0) * (a + step))
         else:
-            d = half * (b - half) * x / ((a + 2 * half - 1.0) * (a + 2 * half))
-        denominator = 1.0 / _nonzero(1.0 + d * denominator)
-        numerator = _nonzero(1.0 + d / numerator)
-        value = value * numerator * denominator
-        if (np.abs(numerator * denominator - 1.0) < _CLOSE).all():
+            d = half * (b - half) * x / ((a + step - 1.0) * (a + step))
+        denominator = 1.0 / (1.0 + d * denominator or _LEAST)
+        numerator = 1.0 + d / numerator or _LEAST
+        value *= numerator * denominator
+        if abs(numerator * denominator - 1.0) < _CLOSE:
             break
     return value
-
-
-def _nonzero(value: Floats) -> Floats:
-    return np.asarray(np.where(np.abs(value) < _LEAST, _LEAST, value))

@@ -1,0 +1,189 @@
+"""`understudy evaluate`: what a release is worth, by the log's labels and by a recording.
+
+No label judges a release it had a hand in: where the release was fitted on an exchange, the rank that cross-fitting
+gave it counts (`held_out.json`), else the release's own. Labels weigh 1/propensity, pooled as in learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from distillation.audit_record import audit_record
+from distillation.dataset import Dataset, build_dataset
+from distillation.evaluation import Admitted, Evaluation, OneRelease, PromiseMade, Rules
+from distillation.judgement import judge
+from distillation.past import PastRelease, read_past
+from distillation.release_costs import release_costs
+from distillation.samples import Labelled, judge_recording, read_labels, sample_of
+from routers.coin import audit_rate
+from serving.agreement import comparison
+from serving.errors import DamagedRelease, UnderstudyError, UnknownRelease, UnknownTask
+from serving.exchange import Json
+from serving.log import LogReader
+from serving.recording import Recording
+from serving.releases import ReleaseStore
+from serving.settings import RESERVED_TASKS, Settings, TaskSettings
+
+Progress = Callable[[str], None]
+
+
+def evaluate(
+    settings: Settings,
+    task: str,
+    release: str | None = None,
+    recording: Recording | None = None,
+    *,
+    progress: Progress = lambda _: None,
+) -> Evaluation:
+    """Evaluate a release of a task, the live one if `release` is None, on the log and on `recording`.
+
+    Raises UnknownTask or UnknownRelease for what isn't there, DamagedRelease for what can't be read, UnderstudyError
+    for an agreement or a recording that can't be judged by, and OSError as the disk does.
+    """
+    store = ReleaseStore(settings.state_dir)
+    name, is_live = _which(store, task, release)
+    policy = settings.for_task(task)
+    if policy.agreement.kind == "numeric":
+        raise UnderstudyError(
+            f"answers of task {task} are compared by numeric, which has no normal form: its releases can't be evaluated"
+        )
+    comparing = comparison(policy.agreement)
+    past = read_past(store, task, name)
+    card = store.read(task, name).card
+    progress("reading the log")
+    read = LogReader(settings.state_dir).exchanges(task)
+    sees = past.student.sees
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        progress(line)
+
+    dataset = build_dataset(read.exchanges, comparing, sees)
+    progress(f"redoing {name}'s decisions on {len(dataset.rows):,} labels")
+    labelled = read_labels(store, task, dataset, past, note)
+    log = judge(sample_of(labelled.redone, labelled.weights))
+    created = _number(card.get("created"))
+    since = None
+    if created is not None and any(row.id not in past.held_out for row in labelled.rows):
+        later = [exchange for exchange in read.exchanges if exchange.created > created]
+        after = read_labels(store, task, build_dataset(later, comparing, sees), past, progress)
+        since = judge(sample_of(after.redone, after.weights))
+    on_file, seen = None, 0
+    if recording is not None:
+        progress(f"answering {len(recording):,} recorded messages")
+        fitted_on = {row.text for row in dataset.rows if row.id in past.held_out}
+        on_file, seen = judge_recording(recording, past, comparing, fitted_on, notes)
+    promise = PromiseMade(
+        _number(card.get("max_disagreement")) or policy.max_disagreement,
+        _number(card.get("certainty")) or policy.certainty,
+    )
+    audits = audit_record(
+        read.exchanges, name, max_disagreement=promise.max_disagreement, certainty=promise.certainty
+    )
+    notes += _remarks(labelled, past, card, policy, read.damaged, dataset)
+    releases = [_one_release(known, name if is_live else None) for known in store.list(task)]
+    certainties = [_number(known.get("certainty")) or policy.certainty for known in store.list(task)]
+    return Evaluation(
+        task=task,
+        release=name,
+        live=is_live,
+        student=str(card.get("student")),
+        created=created,
+        threshold=past.router.threshold,
+        promise=promise,
+        admitted=_admitted(card),
+        log=log,
+        since=since,
+        recording=on_file,
+        seen=seen,
+        audits=audits,
+        costs=release_costs(
+            read.exchanges,
+            name,
+            labelled.rows,
+            np.array([redone.decision.accepted for redone in labelled.redone], dtype=np.bool_),
+            labelled.weights,
+            audit_rate(audits.audits, policy.audit_rate),
+        ),
+        rules=Rules(
+            always_escalate=sorted(past.router.always_escalate),
+            vetoed=sorted(past.router.vetoed),
+            unproven=sorted(past.router.unproven),
+            proven=sorted(past.router.proven),
+        ),
+        releases=releases,
+        expected_broken=sum(1.0 - certainty for certainty in certainties),
+        left_out=dict(dataset.left_out),
+        notes=notes,
+    )
+
+
+def _which(store: ReleaseStore, task: str, release: str | None) -> tuple[str, bool]:
+    """The release to evaluate, and whether it is live."""
+    if task in RESERVED_TASKS:
+        raise UnknownTask(f"{task} is the overflow of server.max_tasks: it never has a release")
+    try:
+        live = store.live(task)
+    except DamagedRelease:
+        if release is None:
+            raise
+        live = None
+    name = release or (live.release if live is not None else None)
+    if name is None:
+        there = ", ".join(store.names(task))
+        if not there:
+            raise UnknownRelease(
+                f"task {task} has no release to evaluate; `understudy learn --task {task}` says what a look would find"
+            )
+        raise UnknownRelease(f"no release of task {task} is live; name one with --release: {there}")
+    return name, live is not None and live.release == name
+
+
+def _remarks(
+    labelled: Labelled, past: PastRelease, card: Json, policy: TaskSettings, damaged: int, dataset: Dataset
+) -> list[str]:
+    """What a person should know before reading the figures."""
+    remarks = []
+    fitted = sum(row.id in past.held_out for row in labelled.rows)
+    if fitted:
+        remarks.append(
+            f"{fitted:,} of the {len(labelled.rows):,} labels were there when the release was chosen. Each is judged "
+            "by a student that hadn't seen it, but the threshold was chosen with them: figures on them flatter a little"
+        )
+    kind = card.get("agreement_kind")
+    if kind is not None and kind != policy.agreement.kind:
+        remarks.append(
+            f"the release was tested with agreement {kind!r}; the configuration now says {policy.agreement.kind!r}, "
+            "and that is what is counted here"
+        )
+    missing = sum(row.answer is None for row in labelled.rows)
+    if missing:
+        remarks.append(f"{missing:,} audits got no answer of the teacher's: they count as disagreements")
+    if dataset.left_out:
+        why = ", ".join(f"{count:,} {reason}" for reason, count in dataset.left_out.most_common())
+        remarks.append(f"exchanges of the log that aren't used: {why}")
+    if damaged:
+        remarks.append(f"{damaged:,} damaged lines in the log were skipped")
+    return remarks
+
+
+def _admitted(card: Json) -> Admitted:
+    look, labels = card.get("look"), card.get("labels")
+    return Admitted(
+        look=look if type(look) is int else None,
+        labels=labels if type(labels) is int else None,
+        delta=_number(card.get("delta")),
+        coverage=_number(card.get("coverage")),
+    )
+
+
+def _one_release(card: Json, live: str | None) -> OneRelease:
+    name = str(card["release"])
+    return OneRelease(name, _number(card.get("created")), _number(card.get("coverage")), name == live)
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
