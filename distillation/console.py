@@ -16,6 +16,7 @@ from rich.table import Table
 
 from distillation.economics import TaskSummary
 from distillation.learning import Lesson
+from distillation.outlook import in_words
 from distillation.templates import Template
 from serving.exchange import Json
 from serving.forgetting import Erasure
@@ -41,9 +42,11 @@ def print_json(value: Json) -> None:
 
 
 def print_lessons(lessons: list[Lesson]) -> None:
-    """One line a task."""
+    """One line a task, and one for each test of a look that didn't pass."""
     for lesson in lessons:
         print(f"{lesson.task}: {lesson.outcome.replace('_', ' ')}: {lesson.message}")
+        for short in (lesson.look or {}).get("short", ()):
+            print(f"  {in_words(short)}")
     if not lessons:
         print("nothing to learn: no task has a log yet")
 

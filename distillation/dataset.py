@@ -23,7 +23,8 @@ STALE_AUDIT_S = 3600.0
 class Row:
     """One labelled exchange. `answer` is the normal form of the teacher's answer, None if it is missing.
 
-    `text` is what the student to be sees of `request`; a past release may see it otherwise.
+    `text` is what the student to be sees of `request`; a past release may see it otherwise. `created` is in seconds
+    since the epoch.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Row:
     teacher_model: str | None
     release: str | None
     request: Json | None = field(default=None, compare=False, repr=False)
+    created: float = field(default=0.0, compare=False)
 
 
 @dataclass(slots=True)
@@ -111,6 +113,7 @@ def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison, sees: S
                 teacher_model=teacher.model if teacher is not None else None,
                 release=exchange.release,
                 request=exchange.request,
+                created=exchange.created,
             )
         )
     return dataset

@@ -5,19 +5,19 @@ log → dataset → is a look due? → fit, cross-fit, test → release → live
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from distillation.dataset import Dataset, build_dataset
+from distillation.dataset import Dataset, Row, build_dataset
 from distillation.due import not_due
 from distillation.journal import LearningElsewhere, LookJournal
+from distillation.outlook import after, labels_per_hour
 from distillation.past import PastRelease, redoable
 from routers.looks import labels_needed, next_look
 from serving.agreement import comparison
 from serving.errors import UnknownTask
-from serving.exchange import Exchange, Json
+from serving.exchange import Json
 from serving.log import LogReader
 from serving.releases import ReleaseStore
 from serving.settings import RESERVED_TASKS, Settings, TaskSettings
@@ -98,10 +98,10 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
             waiting = not_due(dataset, journal.past(), policy)  # less may be left
         if waiting is not None:
             labels = len(dataset.rows)
-            when = _waiting_time(exchanges, labels, waiting.needed or 0)
+            when = _waiting_time(dataset.rows, waiting.needed or 0)
             outcome = "declined" if waiting.declined else "not_due"
             return Lesson(task, outcome, waiting.message + when, labels, waiting.needed)
-        return _look(settings, task, dataset, past, journal, policy, exchanges, progress)
+        return _look(settings, task, dataset, past, journal, policy, progress)
 
 
 def _look(
@@ -111,7 +111,6 @@ def _look(
     past: Mapping[str, PastRelease],
     journal: LookJournal,
     policy: TaskSettings,
-    exchanges: Sequence[Exchange],
     progress: Progress,
 ) -> Lesson:
     from distillation.gate import take_look  # scikit-learn: imported only once a look is due
@@ -145,7 +144,7 @@ def _look(
         serial, number, labels, {"outcome": outcome, "release": release, "coverage": card["coverage"]}
     )
     needed = labels_needed(journal.past(), policy.max_disagreement, policy.certainty)
-    message = _message(outcome, release, card, policy) + _waiting_time(exchanges, labels, needed)
+    message = _message(outcome, release, card, policy) + _waiting_time(dataset.rows, needed)
     return Lesson(task, outcome, message, labels, needed, release, card)
 
 
@@ -166,17 +165,10 @@ def _message(outcome: str, release: str | None, card: Json, policy: TaskSettings
     )
 
 
-def _waiting_time(exchanges: Sequence[Exchange], labels: int, needed: int) -> str:
-    """When `needed` labels will be there at the rate they came in so far; empty if that can't be told."""
-    if labels >= needed or labels < 2 or len(exchanges) < 2:
+def _waiting_time(rows: Sequence[Row], needed: int) -> str:
+    """When `needed` labels will be there at the rate they come in now; empty if that can't be told."""
+    labels, per_hour = len(rows), labels_per_hour(rows)
+    if labels >= needed or per_hour is None:
         return ""
-    seconds = exchanges[-1].created - exchanges[0].created
-    if not (math.isfinite(seconds) and seconds > 0):
-        return ""
-    wait = (needed - labels) * seconds / labels
-    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if wait >= size:
-            return (
-                f"; at this rate the {needed} labels of the next look are there in {wait / size:.0f} {unit}"
-            )
-    return f"; at this rate the {needed} labels of the next look are there within a minute"
+    when = after((needed - labels) / per_hour * 3600.0)
+    return f"; at this rate the {needed} labels of the next look are there {when}"

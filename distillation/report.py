@@ -7,8 +7,9 @@ from dataclasses import asdict
 
 from distillation.dataset import Dataset
 from distillation.gate import Look
+from distillation.outlook import labels_per_hour, shortfalls
 from distillation.past import Past
-from routers.looks import unseen_chance
+from routers.looks import spent, unseen_chance
 from serving.exchange import Json
 from serving.settings import TaskPolicy
 
@@ -18,12 +19,14 @@ _MOST_SLICES = 100
 def report_card(look: Look[Past], dataset: Dataset, policy: TaskPolicy, *, releases_so_far: int) -> Json:
     """The card of a look, passed or not, as JSON. `releases_so_far` doesn't count the one this look may make.
 
-    `slices` are the answers that aren't named in `prove`, the worst first, at most 100 of them.
+    `slices` are the answers that aren't named in `prove`, the worst first, at most 100 of them. `short` says what
+    missed its test by how many labels, and when they will be there (distillation/outlook.py).
     """
     delta = 1.0 - policy.certainty
     releases = releases_so_far + (look.candidate is not None)
     router = look.candidate.router if look.candidate is not None else None
     verdict = look.verdict
+    next_delta = spent(1 if look.candidate is not None else look.number + 1, delta)
     standings = Counter(one.standing for one in verdict.slices)
     models = Counter(row.teacher_model for row in dataset.rows if row.teacher_model is not None)
     return {
@@ -54,6 +57,11 @@ def report_card(look: Look[Past], dataset: Dataset, policy: TaskPolicy, *, relea
             }
             for answer, policy_bound in look.terms.named.items()
         },
+        "labels_per_hour": labels_per_hour(dataset.rows),
+        "short": [
+            one.to_json()
+            for one in shortfalls(verdict, look.terms, policy.max_disagreement, next_delta, dataset.rows)
+        ],
         "always_escalate": sorted(look.terms.always_escalate),
         "slices": [asdict(one) for one in verdict.slices[:_MOST_SLICES]],
         "standings": {standing: standings[standing] for standing in ("vetoed", "unproven", "shown")},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import os
 import random
 import signal
@@ -17,12 +18,13 @@ from typing import Any
 import orjson
 import pytest
 
+from distillation.console import print_lessons
 from distillation.journal import LookJournal
 from distillation.learning import Lesson, learn
 from distillation.past import read_past
 from distillation.simulated import SimulatedRelease
 from loadtest.stack import command, environment
-from routers.looks import PastLook
+from routers.looks import PastLook, spent
 from routers.simulator import LiveStudent, Message, simulate
 from serving.errors import UnknownTask
 from serving.events import answered, audited
@@ -112,12 +114,43 @@ class TestOutcomes:
         assert (again.outcome, again.needed) == ("not_due", 150)
         assert looks(state) == [PastLook(1, 120, False)]
 
+    def test_what_is_short_and_when_it_will_be_there(
+        self, write_log: Make, exchanges: Make, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Twelve labels an hour; three answers, the last one named in the policy and one nobody gives."""
+        minutes = [dataclasses.replace(e, created=300.0 * i) for i, e in enumerate(exchanges(pairs(120)))]
+        found = lesson(write_log(minutes), prove={"refund": 0.02, "magic": 0.1})
+        assert found.outcome == "released" and found.look is not None
+        assert found.look["labels_per_hour"] == pytest.approx(12.0)
+        magic, refund = found.look["short"]
+        given = found.look["named"]["refund"]["given"]
+        assert (refund["answer"], refund["given"], refund["accepted"]) == ("refund", given, given)
+        # ln(δ/4)/ln(0.98) with half of look 1's δ for two named answers, less those that are there.
+        needed = math.ceil(math.log(spent(1, 0.1) / 4) / math.log(0.98))
+        assert refund["if_all_agree"] == refund["at_this_rate"] == needed - given
+        assert refund["hours_if_all_agree"] == pytest.approx((needed - given) / (12.0 * given / 120))
+        assert magic["given"] == 0 and magic["hours_if_all_agree"] is None
+        print_lessons([found])
+        printed = capsys.readouterr().out.splitlines()
+        assert "intents: released" in printed[0]
+        assert (
+            printed[1] == "  the answer 'magic': the student never gives it, so that it can't prove anything"
+        )
+        assert printed[2].endswith(
+            f"{needed - given} (at this rate in 2 days) are short if all of them agree"
+        )
+
     def test_a_promise_that_few_labels_cant_prove(self, write_log: Make, exchanges: Make) -> None:
         state = write_log(exchanges(pairs(120)))
         assert lesson(state, max_disagreement=0.01).needed == 698
         LookJournal(state, "intents").begin(300, 90)
         found = lesson(state)
         assert found.outcome == "held", "look 301 may spend next to nothing"
+        assert found.look is not None
+        (short,) = found.look["short"]
+        assert short["answer"] is None
+        assert (short["accepted"], short["disagreements"]) == (120, 0)
+        assert short["if_all_agree"] == math.ceil(math.log(spent(302, 0.1)) / math.log(0.9)) - 120
 
     def test_a_narrower_release_replaces_a_wider_one(self, write_log: Make, exchanges: Make) -> None:
         """Keeping the widest that ever passed would keep the luckiest."""
