@@ -8,7 +8,7 @@ failures (STATISTICS.md) are learners and policies that break one rule.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -96,12 +96,12 @@ def simulate(
     learn_every: int,
     seed: int,
     rate: float | None = None,
-    missing: float = 0.0,
+    missing: Callable[[Message], float] = lambda message: 0.0,
 ) -> Run:
     """Play `messages` in order, from a cold start.
 
     The learner is asked after every `learn_every` messages. `rate` overrides the audit rate; `missing` is the chance
-    that an audit gets no answer from the teacher. `seed` is of the coins.
+    that an audit of a message gets no answer from the teacher. `seed` is of the coins.
     """
     coins = random.Random(seed)
     run = Run()
@@ -123,7 +123,7 @@ def simulate(
                 reason=decision.reason,
             )
             if decision.accepted:
-                lost = coin and coins.random() < missing
+                lost = coin and coins.random() < missing(message)
                 run.served.append(Served(answer, name, True, coin))
                 audits += coin
                 log.append(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console, RenderableType
 
-from loadtest.routing import stream, validity, watches
+from loadtest.routing import planted, stream, validity, watches
 from loadtest.routing.runner import Runner
 from serving.errors import UnderstudyError
 
@@ -23,6 +23,7 @@ Tables = Callable[[Runner], Iterator[RenderableType]]
 
 TABLES: dict[str, Tables] = {
     "validity": validity.tables,
+    "planted": planted.tables,
     "watch": watches.tables,
     "stream": stream.tables,
 }

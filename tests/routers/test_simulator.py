@@ -167,7 +167,7 @@ def test_the_log_says_what_the_gateways_log_would() -> None:
 
 def test_a_missing_audit_is_logged_as_owed() -> None:
     learner = Scripted({1: accepting(0.0)})
-    run = simulate(stream(2, 3000, GOOD), learner, learn_every=1000, seed=0, rate=0.2, missing=0.5)
+    run = simulate(stream(2, 3000, GOOD), learner, learn_every=1000, seed=0, rate=0.2, missing=lambda _: 0.5)
     audits = [e for e in learner.log if e.route == "student" and e.coin]
     missing = [e for e in audits if e.audit == "missing"]
     assert binomtest(len(missing), len(audits), 0.5).pvalue > 1e-3
@@ -207,7 +207,9 @@ def test_a_release_is_judged_on_everything_after_it() -> None:
 
 def test_the_same_seed_is_the_same_run() -> None:
     def played(seed: int) -> Run:
-        return simulate(stream(5, 1500, GOOD), PromiseLearner(), learn_every=50, seed=seed, missing=0.1)
+        return simulate(
+            stream(5, 1500, GOOD), PromiseLearner(), learn_every=50, seed=seed, missing=lambda _: 0.1
+        )
 
     first = played(7)
     assert first == played(7)
