@@ -12,19 +12,18 @@ from gateway import names
 from gateway.auth import Gate
 from gateway.ledger import Ledger
 from gateway.metrics import Metrics
+from gateway.student_turn import STUDENT, CommittedStream, StudentTurn
 from gateway.tasks import Tasks
 from gateway.turn import Turn
 from serving.chat import completion
 from serving.errors import RequestError, UpstreamError, UpstreamRefused
 from serving.exchange import Json
-from serving.guarded_student import StudentUnavailable
 from serving.slots import UpstreamBusy
 from serving.teacher import Chunk, Teacher, TeacherStream
 
 log = logging.getLogger("understudy.pipeline")
 
 TEACHER = "teacher"
-STUDENT = "student"
 _UNAVAILABLE = frozenset({408, 409, 429})
 
 
@@ -61,9 +60,9 @@ class Stream:
             self._turn.teacher = self._stream.answer()
         except UpstreamError as error:
             self._answers.note_failure(self._turn, error)
-            self._answers.ledger.broken_off(self._turn)
+            self._answers.ledger.given_up(self._turn)
             raise
-        self._answers.ledger.settle(self._turn)
+        self._answers.settle(self._turn)
 
     def completion(self) -> Json:
         """Put the answer together, once it has ended."""
@@ -74,6 +73,10 @@ class Stream:
         await self._opened.__aexit__(None, None, None)
 
 
+Streamed = Stream | CommittedStream
+"""An answer that is sent on while it is made."""
+
+
 class Answers:
     """Makes answers. What is decided on the way is noted on the turn."""
 
@@ -81,12 +84,13 @@ class Answers:
         self, *, teacher: Teacher, tasks: Tasks, gate: Gate, ledger: Ledger, metrics: Metrics
     ) -> None:
         self.ledger = ledger
+        self._students = StudentTurn(ledger=ledger, metrics=metrics)
         self._teacher = teacher
         self._tasks = tasks
         self._gate = gate
         self._metrics = metrics
 
-    async def make(self, turn: Turn) -> Whole | Stream:
+    async def make(self, turn: Turn) -> Whole | Streamed:
         """Answer a request. A whole answer is settled; it isn't logged yet.
 
         Raises UpstreamError when the teacher fails and the student may not step in, RequestError when the
@@ -94,16 +98,17 @@ class Answers:
         """
         escalated = await self._ask_student(turn)
         if escalated is None:
-            return self._by_student(turn)
+            return self._by_student(turn) if turn.generation is None else self._students.stream(turn)
         turn.reason = escalated
         try:
             return await (self._stream(turn) if turn.chat.stream else self._whole(turn))
         except UpstreamError as error:
+            self.note_failure(turn, error)
+            if not (_student_may_step_in(turn, error) and await self._students.whole(turn)):
+                self.ledger.given_up(turn)
+                raise
             # After a deadline the teacher may have worked all the time.
             self.ledger.broken_off(turn)
-            self.note_failure(turn, error)
-            if turn.student is None or not _student_may_step_in(turn, error):
-                raise
             turn.reason = names.REASON_TEACHER_UNAVAILABLE
             turn.spoiled = True
             return self._by_student(turn)
@@ -135,45 +140,16 @@ class Answers:
             # Not the router's doing, so nothing the promise may count (STATISTICS.md §1).
             turn.spoiled = True
             return names.REASON_UNVERIFIED_KEY
-        began = time.perf_counter()
-        try:
-            seen = self.ledger.seen(turn.chat.body)
-            feature = release.student.unsupported(seen)
-            if feature is not None:
-                # It counts: the teacher answers for certain, and a student that sees more may be learned from it.
-                if forced == STUDENT:
-                    raise RequestError(
-                        f"{names.ROUTE_HEADER}: student was asked for, but the student of task {turn.task} "
-                        f"doesn't support this request ({feature})",
-                        param=names.ROUTE_HEADER,
-                        code="unsupported",
-                    )
-                return f"{names.REASON_UNSUPPORTED}:{feature}"
-            answer = await release.student.answer(seen)
-            key = release.comparison.key(answer.choices)
-            decision = release.router.decide(answer.score, answer.signals, key)
-        except RequestError:
-            raise
-        except Exception as error:
-            if isinstance(error, StudentUnavailable):
-                kind = "unavailable"
-                log.warning("task %s: the student of release %s: %s", turn.task, release.name, error)
-            else:
-                kind = "broken"
-                log.exception("task %s: the student of release %s failed", turn.task, release.name)
-            self._metrics.record_upstream_error(STUDENT, kind)
-            turn.spoiled = True
-            return names.REASON_STUDENT_ERROR
-        finally:
-            took = time.perf_counter() - began
-            turn.waited_s += took
-        turn.student = self.ledger.priced(answer, took)
-        turn.decision = decision
-        if forced == STUDENT:
-            turn.reason = names.REASON_FORCED
-            return None
-        turn.reason = decision.reason
-        return None if decision.accepted else decision.reason
+        return await self._students.ask(turn, release)
+
+    def settle(self, turn: Turn) -> None:
+        """Close the account of a turn that the teacher has answered."""
+        self._students.take_stock(turn)
+        self.ledger.settle(turn)
+
+    async def aclose(self) -> None:
+        """Let students come to an end that are at work for the log alone."""
+        await self._students.aclose()
 
     def _by_student(self, turn: Turn) -> Whole:
         answer = turn.student
@@ -206,7 +182,7 @@ class Answers:
             turn.waited_s += time.perf_counter() - began
         self._accepted(turn)
         turn.teacher = reply.answer
-        self.ledger.settle(turn)
+        self.settle(turn)
         return Whole(reply.body, reply.raw, reply.headers)
 
     async def _stream(self, turn: Turn) -> Stream:

@@ -14,7 +14,12 @@ from serving.exchange import Json
 
 _LONGEST_AGE = 10
 _INTERIM = frozenset(
-    {names.REASON_TEACHER_UNAVAILABLE, names.REASON_STUDENT_ERROR, names.REASON_UNVERIFIED_KEY}
+    {
+        names.REASON_TEACHER_UNAVAILABLE,
+        names.REASON_STUDENT_ERROR,
+        names.REASON_STUDENT_SLOW,
+        names.REASON_UNVERIFIED_KEY,
+    }
 )
 
 

@@ -47,6 +47,7 @@ def cache_key(
     task: str,
     generation: int,
     release: str | None = None,
+    begun: bool = False,
     share: Literal["tenant", "task"],
     headers: Iterable[tuple[str, str]],
 ) -> str:
@@ -59,7 +60,9 @@ def cache_key(
 
     A new release of a task has a new generation, and leaves behind whatever was cached under the old one.
     `release` is the checksum of the live one, if there is one: gateways that share a Redis and no state
-    directory count generations each for itself, and a promise speaks of one release's answers only.
+    directory count generations each for itself, and a promise speaks of one release's answers only. `begun`: a student
+    that streams is judged by the beginning of its answer where that is streamed, and by all of it where it is whole;
+    what passed the one judgement isn't given to who asks for the other.
 
     Raises ValueError for what isn't JSON.
     """
@@ -70,4 +73,4 @@ def cache_key(
         digest.update(canonical_bytes([list(pair) for pair in chosen]))
     owner = tenant if share == "tenant" else _EVERYBODY
     era = str(generation) if release is None else f"{generation}-{release[:_RELEASE_DIGITS]}"
-    return f"{owner}/{task}/{era}/{digest.hexdigest()}"
+    return f"{owner}/{task}/{era}{'-begun' if begun else ''}/{digest.hexdigest()}"

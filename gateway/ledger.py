@@ -98,6 +98,32 @@ class Ledger:
         self._metrics.record_spending(turn.task, turn.route, usd, None)
         return usd
 
+    def given_up(self, turn: Turn) -> float | None:
+        """Count what a request cost that gets no answer, once, and return it; what the student does for it ends."""
+        if turn.generation is not None:
+            turn.generation.abandon()
+        if turn.cost_usd is not None:
+            return self.broken_off(turn)
+        student = turn.student
+        if student is not None and student.cost_usd:
+            self._metrics.record_spending(turn.task, turn.route, student.cost_usd, None)
+            turn.cost_usd = student.cost_usd
+        teacher = self.broken_off(turn)
+        return teacher if turn.cost_usd is None else turn.cost_usd + (teacher or 0.0)
+
+    def completed(self, turn: Turn, answer: StudentAnswer, seconds: float) -> None:
+        """Note what a student has said in the end whose answer wasn't waited for."""
+        student = self.priced(answer, seconds)
+        known = turn.student.cost_usd if turn.student is not None else None
+        usd = (student.cost_usd or 0.0) - (known or 0.0)
+        self._metrics.record_late_cost(turn.task, turn.route, usd)
+        if turn.storable and turn.release is not None and turn.teacher is not None:
+            agreement = turn.release.comparison.agree(student.choices, turn.teacher.choices)
+            self.later(
+                turn.task,
+                events.completed(turn.id, student=student, agreement=agreement, usd=usd, at=time.time()),
+            )
+
     async def commit(self, turn: Turn) -> None:
         """Return when the exchange is durable, or counted as lost or late. One that isn't storable leaves nothing.
 
@@ -138,7 +164,7 @@ class Ledger:
         turn.left = True
         if turn.shared:
             return  # others wait for the answer: when it is there, this is called again
-        usd = self.broken_off(turn)
+        usd = self.given_up(turn)
         if turn.storable:
             event = events.cancelled(turn.id, teacher=turn.teacher, at=time.time(), estimated_usd=usd)
             self.later(turn.task, event)

@@ -29,7 +29,7 @@ log = logging.getLogger("understudy.live")
 
 POLL_S = 0.2
 _RETIRE_AFTER_S = 30.0
-"""A student that was replaced may still be answering; after this long it is closed."""
+"""A student that was replaced may still be answering; after this long it is closed, once it is through."""
 _TRY_AGAIN_S = 5.0
 """How long a release that couldn't be loaded is left alone before it is tried again."""
 
@@ -182,7 +182,7 @@ class LiveReleases:
 
     async def _close_retired(self) -> None:
         now = time.monotonic()
-        due = [student for at, student in self._retired if now - at >= _RETIRE_AFTER_S]
-        self._retired = [(at, student) for at, student in self._retired if now - at < _RETIRE_AFTER_S]
+        due = [student for at, student in self._retired if now - at >= _RETIRE_AFTER_S and not student.busy]
+        self._retired = [(at, student) for at, student in self._retired if student not in due]
         for student in due:
             await student.aclose()

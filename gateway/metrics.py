@@ -168,6 +168,10 @@ class Metrics:
         if avoided_usd is not None and avoided_usd > 0:
             series[2].inc(avoided_usd)
 
+    def record_late_cost(self, task: str, route: Route, usd: float) -> None:
+        """Count what a request cost after its answer: a student's that was finished for the log."""
+        self._cost.labels(task, route).inc(max(0.0, usd))
+
     def record_tokens(self, task: str, route: Route, usage: Json | None) -> None:
         """Count the tokens of an answer by OpenAI's `usage`."""
         if usage is None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from gateway import names
-from gateway.answers import STUDENT, TEACHER, Answers, Stream
+from gateway.answers import TEACHER, Answers, Whole
 from gateway.attempts import Attempts
 from gateway.audits import Audits
 from gateway.auth import Gate
@@ -27,6 +27,7 @@ from gateway.metrics import NOWHERE, Metrics
 from gateway.presenter import Presenter, written
 from gateway.reply import Reply, refused
 from gateway.sharing import Sharing
+from gateway.student_turn import STUDENT
 from gateway.tasks import Tasks
 from gateway.turn import Arrival, Turn
 from routers.coin import audit_rate
@@ -163,7 +164,7 @@ class Pipeline:
         """Answer a request by itself: nothing of it is shared with others."""
         made = await self._answers.make(turn)
         presenter = self._presenter
-        if isinstance(made, Stream):
+        if not isinstance(made, Whole):
             return presenter.streamed(turn, made.headers, presenter.frames(turn, made), made.aclose)
         if turn.chat.stream:
             return presenter.streamed(turn, made.headers, presenter.frames_of(turn, made.completion))
@@ -173,6 +174,7 @@ class Pipeline:
     async def aclose(self) -> None:
         """Give up what is still being made for several."""
         await self._sharing.flights.aclose()
+        await self._answers.aclose()
 
     def _refuse(self, turn: Turn, error: UnderstudyError) -> Reply:
         if isinstance(error, UpstreamBusy):

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import orjson
 
-from gateway.answers import Stream
+from gateway.answers import Streamed
 from gateway.audits import Audits
 from gateway.envelope import enveloped, passed_on, refusal_of
 from gateway.ledger import Ledger
@@ -57,8 +57,8 @@ class Presenter:
 
         return Reply(200, [*SSE_HEADERS, *passed_on(headers), *turn.headers()], frames=frames, on_end=on_end)
 
-    async def frames(self, turn: Turn, stream: Stream) -> AsyncGenerator[bytes, None]:
-        """Pass on a teacher's stream, and log it before its end is sent."""
+    async def frames(self, turn: Turn, stream: Streamed) -> AsyncGenerator[bytes, None]:
+        """Pass on an answer while it is made, and log it before its end is sent."""
         try:
             async for chunk in stream.chunks():
                 if not chunk.usage_only or turn.chat.wants_usage:

@@ -17,7 +17,7 @@ from typing import TypeGuard
 import orjson
 
 from gateway import names
-from gateway.answers import Answers, Stream
+from gateway.answers import Answers, Whole
 from gateway.cache import Cache
 from gateway.cache_control import CacheControl, worth_keeping
 from gateway.cache_entry import CachedAnswer
@@ -74,6 +74,7 @@ class Sharing:
                 task=turn.newcomer or turn.task,
                 generation=turn.release.generation if turn.release else 0,
                 release=turn.release.checksum if turn.release else None,
+                begun=turn.chat.stream and turn.release is not None and turn.release.student.streams,
                 share=self._share,
                 headers=turn.arrival.headers,
             )
@@ -233,12 +234,12 @@ class Sharing:
             source = await self._answers.make(turn)
             flight.headers = source.headers
             raw = None
-            if isinstance(source, Stream):
+            if isinstance(source, Whole):
+                completion, raw = source.completion, source.raw
+            else:
                 async for chunk in source.chunks():
                     flight.add(chunk)
                 completion = source.completion()
-            else:
-                completion, raw = source.completion, source.raw
             answer = turn.kept(completion, at=time.time())
             flight.arrive(answer, raw)
             await self._ledger.commit(turn)
@@ -260,7 +261,7 @@ class Sharing:
             flight.land(error)
             if lease is not None:
                 self._cache.release(lease)
-            if isinstance(source, Stream):
+            if source is not None and not isinstance(source, Whole):
                 await source.aclose()
 
     async def _told_elsewhere(self, turn: Turn, key: str, control: CacheControl) -> CachedAnswer | None:

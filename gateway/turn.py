@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from gateway import names
 from gateway.auth import Caller
 from gateway.cache_entry import CachedAnswer
+from gateway.generation import Generation
 from gateway.live import LiveRelease
 from routers.router import Decision
 from serving.assembler import Assembler
@@ -44,6 +45,7 @@ class Turn:
     `origin` says of an answer from the cache who once gave it.
     `asking`: the teacher is being asked (not: waited for, in a line or before a retry) and its answer isn't whole;
     `received` is what has come of a stream.
+    `generation` is an answer of the student's that isn't whole yet.
     `shared`: its answer is made for others as well, by a flight, which also closes its account if it has
     `left` in the meantime.
     `status` is there once the request is over: what its books say, which of a stream that broke off isn't
@@ -67,6 +69,7 @@ class Turn:
     reason: str = names.REASON_NO_RELEASE
     student: StudentAnswer | None = None
     decision: Decision | None = None
+    generation: Generation | None = None
     teacher: TeacherAnswer | None = None
     asking: bool = False
     received: Assembler | None = None
@@ -150,7 +153,7 @@ class Turn:
 
     def agreement(self) -> bool | None:
         """Compare the two answers, if both are known."""
-        if self.release is None or self.student is None or self.teacher is None:
+        if self.release is None or self.student is None or self.teacher is None or not self.student.complete:
             return None
         return self.release.comparison.agree(self.student.choices, self.teacher.choices)
 

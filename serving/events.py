@@ -7,6 +7,8 @@ Kinds (the event's own field `event`):
 - `answered`: every field of an Exchange; what is known when the client has its answer.
 - `audited`: `id`, `teacher` (the answer fetched afterwards, or null: it is missing), `agreement`, `at`.
 - `superseded`: `id`, `by` (the id of the retry that replaces it), `at`.
+- `completed`: `id`, `student` (what it said in the end, whose answer wasn't whole when the exchange was logged),
+  `agreement`, `usd` (what that cost on top), `at`.
 - `cancelled`: `id`, `teacher` (the answer that still came, or null), `at`; the client went away. If the teacher's
   answer was incomplete then: `cost_usd`, what it cost all the same, and `estimated`.
 
@@ -34,6 +36,7 @@ from serving.exchange import (
     Json,
     StudentAnswer,
     TeacherAnswer,
+    only,
 )
 
 _HEAD = b'{"crc":"'
@@ -74,6 +77,23 @@ def audited(id: str, *, teacher: TeacherAnswer | None, agreement: bool | None, a
         "id": id,
         "teacher": answer,
         "agreement": agreement,
+        "at": at,
+    }
+
+
+def completed(id: str, *, student: StudentAnswer, agreement: bool | None, usd: float, at: float) -> Json:
+    """The event of a student that has come to its end after its exchange was logged, `usd` later.
+
+    `at`: seconds since the epoch.
+    """
+    answer = _plain(student, STUDENT_FIELDS)
+    return {
+        "event": "completed",
+        "schema": SCHEMA,
+        "id": id,
+        "student": answer,
+        "agreement": agreement,
+        "usd": usd,
         "at": at,
     }
 
@@ -150,6 +170,7 @@ class Fold:
     def __init__(self) -> None:
         self._answered: dict[str, Exchange] = {}
         self._audited: dict[str, _Late] = {}
+        self._completed: dict[str, tuple[StudentAnswer, bool | None, float]] = {}
         self._superseded: dict[str, str] = {}
         self._cancelled: dict[str, TeacherAnswer | None] = {}
         self._broken_off: dict[str, float] = {}
@@ -171,6 +192,11 @@ class Fold:
                 case "audited":
                     _check(event, _LATE_TYPES)
                     self._add_audit(event["id"], _teacher(event["teacher"]), event.get("agreement"))
+                case "completed":
+                    _check(event, _LATE_TYPES)
+                    student = StudentAnswer(**only(STUDENT_FIELDS, _student(event["student"])))
+                    known = (student, event.get("agreement"), event.get("usd") or 0.0)
+                    self._completed.setdefault(event["id"], known)
                 case "superseded":
                     _check(event, _LATE_TYPES)
                     self._superseded.setdefault(event["id"], event["by"])
@@ -204,6 +230,14 @@ class Fold:
 
     def _exchange(self, exchange: Exchange) -> Exchange:
         id = exchange.id
+        if id in self._completed and not (exchange.student is not None and exchange.student.complete):
+            student, agreement, usd = self._completed[id]
+            exchange = replace(
+                exchange,
+                student=student,
+                agreement=exchange.agreement if agreement is None else agreement,
+                cost_usd=None if exchange.cost_usd is None else exchange.cost_usd + usd,
+            )
         if id in self._audited:
             teacher, agreement = self._audited[id]
             exchange = replace(
@@ -262,6 +296,8 @@ _LATE_TYPES: _Types = {
     "redacted": (list,),
     "cost_usd": (*_NUMBER, _NONE),
     "estimated": (bool,),
+    "student": (dict,),
+    "usd": _NUMBER,
 }
 _TEACHER_TYPES: _Types = {
     "model": (str,),
@@ -331,7 +367,9 @@ def _student(data: Json) -> Json:
     return known
 
 
-def _checkpoint(data: Json) -> Json:
+def _checkpoint(data: object) -> Json:
+    if not isinstance(data, dict):
+        raise TypeError("a checkpoint isn't an object")
     _check(data, _CHECKPOINT_TYPES)
     score, signals = _number(data["score"]), _signals(data["signals"])
     return {"tokens": data["tokens"], "score": score, "signals": signals}

@@ -129,9 +129,9 @@ class Exchange:
             raise ValueError(f"exchange has schema {data['schema']!r}, this version reads {SCHEMA}")
         known = {name: data[name] for name in EXCHANGE_FIELDS if name in data}
         if known.get("teacher") is not None:
-            known["teacher"] = TeacherAnswer(**_only(TEACHER_FIELDS, known["teacher"]))
+            known["teacher"] = TeacherAnswer(**only(TEACHER_FIELDS, known["teacher"]))
         if known.get("student") is not None:
-            known["student"] = StudentAnswer(**_only(STUDENT_FIELDS, known["student"]))
+            known["student"] = StudentAnswer(**only(STUDENT_FIELDS, known["student"]))
         return cls(**known)
 
 
@@ -142,5 +142,6 @@ EXCHANGE_FIELDS, TEACHER_FIELDS, STUDENT_FIELDS = (
 """Looking them up costs more than to write the event they make."""
 
 
-def _only(names: tuple[str, ...], data: Json) -> Json:
+def only(names: tuple[str, ...], data: Json) -> Json:
+    """What of `data` has one of these names."""
     return {name: data[name] for name in names if name in data}

@@ -23,7 +23,13 @@ class GuardedStudent:
     ) -> None:
         self._student = student
         self.patience_s = student.patience_s if patience_s is None else patience_s
+        self.streams = student.streams
         self._breaker = breaker or Breaker()
+
+    @property
+    def busy(self) -> bool:
+        """As the student says."""
+        return self._student.busy
 
     def unsupported(self, request: Json) -> str | None:
         """As the student says."""

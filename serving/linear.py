@@ -89,6 +89,8 @@ class LinearStudent:
     """A fitted linear student. Deterministic: the same text always gives the same bytes."""
 
     patience_s = 5.0
+    streams = False
+    busy = False
 
     def __init__(
         self,

@@ -39,6 +39,8 @@ _PASSED_ON = (
 class LmStudent:
     """A language model, asked through `upstream`, which it owns. `metering` makes the signals of each answer."""
 
+    streams = True
+
     def __init__(
         self, plan: LmPlan, upstream: Upstream, metering: Metering, *, key: str | None = None
     ) -> None:
@@ -52,12 +54,18 @@ class LmStudent:
             *([] if key is None else [("authorization", f"Bearer {key}")]),
         ]
         self._has_logprobs = True
+        self._open: set[LmStream] = set()
 
     @classmethod
     def of(cls, plan: LmPlan, metering: Metering) -> LmStudent:
         """The student of a plan, with its key from the environment. Raises ConfigError for a key that can't be sent."""
         upstream = Upstream(plan.base_url, timeout_s=plan.timeout_s, who="the student")
         return cls(plan, upstream, metering, key=_key(plan.api_key_env))
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is being made."""
+        return bool(self._open)
 
     def unsupported(self, request: Json) -> str | None:
         """The feature of `request` that isn't left to a student, or None: text, tools and formats are."""
@@ -92,10 +100,14 @@ class LmStudent:
         """The same while it is made: from the beginning of the iteration on."""
 
         async def ask() -> UpstreamResponse:
-            return await self._ask(request)
+            response = await self._ask(request)
+            self._open.add(stream)
+            response.on_close = lambda: self._open.discard(stream)
+            return response
 
         tally = Tally(self._metering(request), self.plan.marks)
-        return LmStream(ask, request, tally, plan=self.plan, limit=self._limit(request))
+        stream = LmStream(ask, request, tally, plan=self.plan, limit=self._limit(request))
+        return stream
 
     async def aclose(self) -> None:
         """Close every connection."""

@@ -61,9 +61,19 @@ class StudentStream(Protocol):
 
 
 class Student(Protocol):
-    """A model that imitates the teacher on one task. `patience_s` is how long an answer may take."""
+    """A model that imitates the teacher on one task.
+
+    `patience_s` is how long an answer may take; `streams` whether it can be had while it is made. `busy`: an answer is
+    being made right now, so that closing would break it off.
+    """
 
     patience_s: float
+    streams: bool
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is being made."""
+        ...
 
     def unsupported(self, request: Json) -> str | None:
         """The feature of `request` this student was not made for (`tools`, `turns`, `content`, `n`, …), or None."""
@@ -74,7 +84,7 @@ class Student(Protocol):
         ...
 
     def stream(self, request: Json) -> StudentStream | None:
-        """The same while it is made; to be closed. None: this student's answers are whole at once."""
+        """The same while it is made; to be closed. None if it doesn't stream: its answers are whole at once."""
         ...
 
     async def aclose(self) -> None:

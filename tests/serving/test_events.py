@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.events import Fold, answered, audited, cancelled, decode, encode, fold, superseded
+from serving.events import Fold, answered, audited, cancelled, completed, decode, encode, fold, superseded
 from serving.exchange import Exchange, Json, StudentAnswer, TeacherAnswer
 
 CHOICES: list[Json] = [
@@ -199,3 +199,59 @@ json_values = st.recursive(
 )
 def test_the_fold_never_raises(event: Json, changes: Json) -> None:
     assert Fold().add({**event, **changes}) in ("taken", "unknown", "damaged")
+
+
+CHECKPOINT: Json = {"tokens": 8, "score": 1.5, "signals": {"q0": -0.5}}
+
+
+def test_what_a_student_said_in_the_end_is_part_of_its_exchange_in_any_order() -> None:
+    begun = dataclasses.replace(STUDENT, complete=False, cost_usd=0.001, checkpoints=[CHECKPOINT])
+    ended = dataclasses.replace(begun, complete=True, cost_usd=0.003, score=math.nan)
+    escalated = exchange(route="teacher", student=begun, teacher=TEACHER, audit="answered", cost_usd=0.01)
+    known = [answered(escalated), completed("x1", student=ended, agreement=True, usd=0.002, at=3.0)]
+    for events in itertools.permutations([*known, known[1]]):
+        (found,) = fold([decode(encode(event)) or {} for event in events]).values()
+        assert found.student is not None
+        assert found.student.complete
+        assert found.student.cost_usd == 0.003
+        assert found.student.checkpoints == [CHECKPOINT]
+        assert math.isnan(found.student.score)
+        assert found.agreement is True
+        assert found.cost_usd == pytest.approx(0.012)
+    # One that was whole when it was logged stays as it was.
+    whole = exchange(student=dataclasses.replace(begun, complete=True), cost_usd=0.01)
+    (found,) = fold([answered(whole), known[1]]).values()
+    assert found == whole
+
+
+def test_students_answers_of_before_there_were_checkpoints_are_read() -> None:
+    event = answered(exchange())
+    del event["student"]["checkpoints"], event["student"]["complete"]
+    assert fold([event])["x1"] == exchange()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"checkpoints": "x"},
+        {"checkpoints": [{"tokens": 8}]},
+        {"checkpoints": [{**CHECKPOINT, "tokens": "8"}]},
+        {"checkpoints": [{**CHECKPOINT, "signals": {"q0": "low"}}]},
+        {"checkpoints": [8]},
+        {"complete": 1},
+    ],
+)
+def test_damaged_checkpoints_make_a_damaged_event(wrong: Json) -> None:
+    event = answered(exchange())
+    event["student"] |= wrong
+    folded = Fold()
+    assert folded.add(event) == "damaged"
+    assert folded.exchanges() == {}
+
+
+def test_checkpoints_come_back_with_nan_for_what_json_has_no_word_for() -> None:
+    odd = dataclasses.replace(STUDENT, checkpoints=[{**CHECKPOINT, "score": -math.inf}])
+    student = fold([decode(encode(answered(exchange(student=odd)))) or {}])["x1"].student
+    assert student is not None
+    assert math.isnan(student.checkpoints[0]["score"])
+    assert student.checkpoints[0]["signals"] == {"q0": -0.5}

@@ -17,6 +17,8 @@ class Moody:
     """A student that does what its mood says."""
 
     patience_s = 5.0
+    streams = False
+    busy = False
 
     def __init__(self) -> None:
         self.mood = "well"

@@ -1,0 +1,286 @@
+"""How a student is asked, and whether its answer is served: the student's part of a turn."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+
+import orjson
+
+from gateway import names
+from gateway.generation import Generation
+from gateway.ledger import Ledger
+from gateway.live import LiveRelease
+from gateway.metrics import Metrics
+from gateway.turn import Turn
+from routers.router import Decision
+from serving.chat import completion
+from serving.errors import RequestError, UnderstudyError, UpstreamBroken, UpstreamError
+from serving.exchange import Json
+from serving.guarded_student import StudentUnavailable
+from serving.student import StudentStream
+from serving.teacher import Chunk
+
+log = logging.getLogger("understudy.pipeline")
+
+STUDENT = "student"
+_GRACE_S = 5.0
+
+
+class StudentTurn:
+    """Asks students. What is decided on the way is noted on the turn."""
+
+    def __init__(self, *, ledger: Ledger, metrics: Metrics) -> None:
+        self._ledger = ledger
+        self._metrics = metrics
+        self._unheard: set[asyncio.Task[None]] = set()
+
+    async def ask(self, turn: Turn, release: LiveRelease) -> str | None:
+        """Let the student answer. Return the reason to ask the teacher instead; None: serve the answer.
+
+        The answer is `turn.student`, or `turn.generation` as long as it isn't whole. Raises RequestError when the
+        client forced a student that can't answer.
+        """
+        forced = turn.arrival.route == STUDENT
+        began = time.perf_counter()
+        try:
+            seen = self._ledger.seen(turn.chat.body)
+            feature = release.student.unsupported(seen)
+            if feature is not None:
+                # It counts: the teacher answers for certain, and a student that sees more may be learned from it.
+                if forced:
+                    raise RequestError(
+                        f"{names.ROUTE_HEADER}: student was asked for, but the student of task {turn.task} "
+                        f"doesn't support this request ({feature})",
+                        param=names.ROUTE_HEADER,
+                        code="unsupported",
+                    )
+                return f"{names.REASON_UNSUPPORTED}:{feature}"
+            stream = release.student.stream(seen)
+            if stream is None:
+                answer = await release.student.answer(seen)
+                key = release.comparison.key(answer.choices)
+                decision = release.router.decide(answer.score, answer.signals, key)
+                turn.student = self._ledger.priced(answer, time.perf_counter() - began)
+            else:
+                decision = await self._judged(turn, release, stream)
+        except RequestError:
+            raise
+        except Exception as error:
+            return self._failed(turn, release, error)
+        finally:
+            turn.waited_s += time.perf_counter() - began
+        turn.decision = decision
+        if forced:
+            turn.reason = names.REASON_FORCED
+            return None
+        turn.reason = decision.reason
+        return None if decision.accepted else decision.reason
+
+    def stream(self, turn: Turn) -> CommittedStream:
+        """Send on what was accepted before it was whole."""
+        if turn.generation is None:
+            raise RuntimeError("no student is at it")
+        turn.route = "student"
+        return CommittedStream(self, turn, turn.generation)
+
+    async def whole(self, turn: Turn) -> bool:
+        """Say whether the student's answer is there, and wait for one that is being finished."""
+        if turn.generation is not None:
+            began = time.perf_counter()
+            await turn.generation.finished()
+            turn.waited_s += time.perf_counter() - began
+            self.note(turn, turn.generation)
+        return turn.student is not None and turn.student.complete
+
+    def take_stock(self, turn: Turn) -> None:
+        """Note what the student has said when the teacher has answered; the rest comes as an event of its own."""
+        generation = turn.generation
+        if generation is None:
+            return
+        self.note(turn, generation)
+        generation.when_finished(
+            lambda: self._ledger.completed(turn, generation.answer(), generation.seconds())
+        )
+
+    def note(self, turn: Turn, generation: Generation) -> None:
+        """Note what has come of a generation, and what it cost."""
+        answer = generation.answer()
+        if answer.choices:
+            turn.student = self._ledger.priced(answer, generation.seconds())
+
+    def broke_off(self, turn: Turn, error: Exception) -> UpstreamError:
+        """Count an accepted answer that didn't come to its end; return what its client is told."""
+        self._metrics.record_upstream_error(STUDENT, "broken")
+        if not isinstance(error, UnderstudyError):
+            log.error("task %s: the student failed in the middle of its answer", turn.task, exc_info=error)
+        told = error if isinstance(error, UpstreamError) else UpstreamBroken("the student's answer broke off")
+        turn.failure = str(error)
+        return told
+
+    def settle(self, turn: Turn) -> None:
+        """Close the account of an answer that is whole."""
+        self._ledger.settle(turn)
+
+    def give_up(self, turn: Turn) -> None:
+        """Count what an answer cost that nobody gets."""
+        self._ledger.given_up(turn)
+
+    async def aclose(self) -> None:
+        """Give what is being finished unheard a few seconds."""
+        if self._unheard:
+            _, unfinished = await asyncio.wait(self._unheard, timeout=_GRACE_S)
+            for task in unfinished:
+                task.cancel()
+            if unfinished:
+                await asyncio.wait(unfinished)
+
+    async def _judged(self, turn: Turn, release: LiveRelease, stream: StudentStream) -> Decision:
+        """Decide about an answer while it is made. Whatever is left to be made of it is `turn.generation` then.
+
+        Raises TimeoutError when the time is over that a client may be kept waiting, and whatever the student raises.
+        """
+        generation = Generation(stream)
+        forced = turn.arrival.route == STUDENT
+        needed = _is_needed(turn)
+        # What was cut off here is counted neither for nor against the release: how busy a machine is must not decide
+        # what counts.
+        limit_s = generation.hold_back_s if turn.chat.stream else release.student.patience_s
+        failed = True
+        try:
+            async with asyncio.timeout(limit_s):
+                decision = await generation.judged(
+                    release.router,
+                    release.comparison,
+                    commits=turn.chat.stream,
+                    may_stop=not (forced or needed),
+                )
+            failed = False
+            goes_on = not generation.over and (forced or decision.accepted or needed)
+        except BaseException as error:
+            goes_on = False
+            failed = isinstance(error, TimeoutError)
+            raise
+        finally:
+            if not goes_on:
+                await generation.stop(failed=failed)
+            self.note(turn, generation)
+        if goes_on:
+            turn.generation = generation
+            if not (forced or decision.accepted):
+                task = generation.go_on(patience_s=release.student.patience_s)
+                self._unheard.add(task)
+                task.add_done_callback(self._over)
+        return decision
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._unheard.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._metrics.record_upstream_error(STUDENT, "broken")
+
+    def _failed(self, turn: Turn, release: LiveRelease, error: Exception) -> str:
+        """Note that it isn't the router's doing, so nothing the promise may count (STATISTICS.md §1)."""
+        turn.spoiled = True
+        if isinstance(error, TimeoutError):
+            self._metrics.record_upstream_error(STUDENT, "timeout")
+            return names.REASON_STUDENT_SLOW
+        if isinstance(error, StudentUnavailable | UpstreamError):
+            kind = "unavailable"
+            log.warning("task %s: the student of release %s: %s", turn.task, release.name, error)
+        else:
+            kind = "broken"
+            log.error("task %s: the student of release %s failed", turn.task, release.name, exc_info=error)
+        self._metrics.record_upstream_error(STUDENT, kind)
+        return names.REASON_STUDENT_ERROR
+
+
+class CommittedStream:
+    """A student's answer that was accepted before it was whole, while the rest of it is made.
+
+    `completion` is the whole of it, once `chunks` has ended.
+    """
+
+    def __init__(self, students: StudentTurn, turn: Turn, generation: Generation) -> None:
+        self.headers: list[tuple[str, str]] = []
+        self._students = students
+        self._turn = turn
+        self._generation = generation
+
+    async def chunks(self) -> AsyncGenerator[Chunk, None]:
+        """Give the chunks, and at the end settle the turn. Raises UpstreamError when the answer breaks off."""
+        first = True
+        try:
+            async for choices in self._generation.pieces():
+                yield self._chunk(choices, first=first)
+                first = False
+        except Exception as error:
+            self._students.note(self._turn, self._generation)
+            self._students.give_up(self._turn)
+            raise self._students.broke_off(self._turn, error) from error
+        finally:
+            self._students.note(self._turn, self._generation)
+        usage = self._turn.student.usage if self._turn.student else None
+        if usage is not None:
+            data = self._data([], usage=usage)
+            yield Chunk(data, orjson.dumps(data), usage_only=True)
+        self._students.settle(self._turn)
+
+    def completion(self) -> Json:
+        """Put the answer together, once it has ended."""
+        turn = self._turn
+        if turn.student is None or not turn.student.complete:
+            raise RuntimeError("the student's answer isn't whole")
+        return completion(
+            id=f"chatcmpl-{turn.id}",
+            created=int(turn.created),
+            model=turn.chat.model,
+            choices=turn.student.choices,
+            usage=turn.student.usage,
+        )
+
+    async def aclose(self) -> None:
+        """Have the student stop, if it hasn't come to the end."""
+        await self._generation.stop()
+        if not self._generation.over:
+            self._students.note(self._turn, self._generation)
+
+    def _chunk(self, choices: list[Json], *, first: bool) -> Chunk:
+        told = []
+        for choice in choices:
+            delta = choice["delta"]
+            if first and "role" not in delta:
+                delta = {"role": "assistant", **delta}
+            told.append(
+                {
+                    "index": choice["index"],
+                    "delta": delta,
+                    "logprobs": None,
+                    "finish_reason": choice.get("finish_reason"),
+                }
+            )
+        data = self._data(told, usage=None)
+        return Chunk(data, orjson.dumps(data), usage_only=False)
+
+    def _data(self, choices: list[Json], *, usage: Json | None) -> Json:
+        turn = self._turn
+        data: Json = {
+            "id": f"chatcmpl-{turn.id}",
+            "object": "chat.completion.chunk",
+            "created": int(turn.created),
+            # Clients check the model they asked for; who answered stands in the headers.
+            "model": turn.chat.model,
+            "choices": choices,
+        }
+        if turn.chat.wants_usage or usage is not None:
+            data["usage"] = usage
+        return data
+
+
+def _is_needed(turn: Turn) -> bool:
+    """Say whether the student's whole answer is wanted though the teacher's is served.
+
+    An audit is never cut short (STATISTICS.md §2); and it may have to step in for a teacher that fails.
+    """
+    return (turn.coin and turn.counts) or turn.policy.on_teacher_failure == "student"
