@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console, RenderableType
 
-from loadtest.routing import planted, stream, validity, watches
+from loadtest.routing import over_http, planted, stream, validity, watches
 from loadtest.routing.runner import Runner
 from serving.errors import UnderstudyError
 
@@ -26,6 +26,7 @@ TABLES: dict[str, Tables] = {
     "planted": planted.tables,
     "watch": watches.tables,
     "stream": stream.tables,
+    "http": over_http.tables,
 }
 
 
