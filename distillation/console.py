@@ -79,6 +79,8 @@ def print_erasure(erasure: Erasure, *, dry_run: bool, cache_ttl_s: float) -> Non
         print(f"{task}: {erased.exchanges:,} exchanges{when}{' would be erased' if dry_run else ' erased'}")
         if erased.damaged:
             print(f"{task}: {erased.damaged:,} damaged lines that may have been theirs, too")
+        if erased.student_answers:
+            print(f"{task}: {erased.student_answers:,} answers that a student gave to them for learning")
         for release, trained_on in erased.releases.items():
             known = (
                 f"fitted on {trained_on:,} of them"

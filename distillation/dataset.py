@@ -6,14 +6,21 @@ counts as disagreement in every test and teaches nothing). The traffic of each p
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
+from serving import sight
 from serving.agreement import Comparison
+from serving.chat import last_user_text
 from serving.exchange import Exchange, Json
 from serving.linear import KnownAnswer, TokenEstimate
-from serving.sight import Sees, seen_text, spoken_characters, unsupported
+from serving.sight import Sees
+
+Unsupported = Callable[[Json], str | None]
+"""The feature of a request that a student wasn't made for, or None."""
 
 STALE_AUDIT_S = 3600.0
 """An audit that is still owed after so long counts as missing."""
@@ -24,7 +31,7 @@ class Row:
     """One labelled exchange. `answer` is the normal form of the teacher's answer, None if it is missing.
 
     `text` is what the student to be sees of `request`; a past release may see it otherwise. `created` is in seconds
-    since the epoch.
+    since the epoch; `accepted` says whether the client got the student's answer.
     """
 
     id: str
@@ -37,6 +44,7 @@ class Row:
     release: str | None
     request: Json | None = field(default=None, compare=False, repr=False)
     created: float = field(default=0.0, compare=False)
+    accepted: bool = field(default=False, compare=False)
 
 
 @dataclass(slots=True)
@@ -74,11 +82,20 @@ class Dataset:
         return Dataset(rows, traffic, left_out)
 
 
-def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison, sees: Sees = "message") -> Dataset:
+def build_dataset(
+    exchanges: Iterable[Exchange],
+    comparison: Comparison,
+    sees: Sees = "message",
+    *,
+    unsupported: Unsupported | None = None,
+    trained_until: float = -math.inf,
+) -> Dataset:
     """Sort the exchanges of one task, oldest first, into rows and traffic. Order is kept.
 
     `sees` is what the student to be sees of a request. What it can't serve for that is left out, and what only an
-    earlier student couldn't serve isn't: the teacher answered it for certain.
+    earlier student couldn't serve isn't: the teacher answered it for certain. A student that sees all of a request says
+    what is `unsupported` itself. One that was trained elsewhere on the log, up to `trained_until` (seconds since the
+    epoch), has nothing to do with what came before: neither labels nor traffic.
 
     Nothing after the oldest audit that is still owed is used: leaving out just the audits that are under way would
     make audited traffic look rarer than it is. One owed for longer than an hour is missing.
@@ -87,10 +104,14 @@ def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison, sees: S
     stale = ordered[-1].created - STALE_AUDIT_S if ordered else 0.0
     dataset = Dataset()
     waiting = False
+    feature_of = partial(sight.unsupported, sees=sees) if unsupported is None else unsupported
     for exchange in ordered:
-        owed = exchange.audit == "pending" and _unusable(exchange, sees) is None
+        if exchange.created <= trained_until:
+            dataset.left_out["the student was trained on it"] += 1
+            continue
+        owed = exchange.audit == "pending" and _unusable(exchange, feature_of) is None
         waiting = waiting or (owed and exchange.created >= stale)
-        why_not = "behind an audit still pending" if waiting else _unusable(exchange, sees)
+        why_not = "behind an audit still pending" if waiting else _unusable(exchange, feature_of)
         if why_not is not None:
             dataset.left_out[why_not] += 1
             continue
@@ -105,7 +126,11 @@ def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison, sees: S
         dataset.rows.append(
             Row(
                 id=exchange.id,
-                text=seen_text(exchange.request, sees),
+                text=(
+                    sight.seen_text(exchange.request, sees)
+                    if unsupported is None
+                    else last_user_text(exchange.request) or ""
+                ),
                 answer=_answer(exchange, comparison),
                 choices=teacher.choices if teacher is not None else None,
                 prompt_tokens=_count(usage, "prompt_tokens"),
@@ -114,6 +139,7 @@ def build_dataset(exchanges: Iterable[Exchange], comparison: Comparison, sees: S
                 release=exchange.release,
                 request=exchange.request,
                 created=exchange.created,
+                accepted=exchange.by_student,
             )
         )
     return dataset
@@ -133,7 +159,7 @@ def _count(usage: Json, name: str) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def _unusable(exchange: Exchange, sees: Sees) -> str | None:
+def _unusable(exchange: Exchange, unsupported: Unsupported) -> str | None:
     if not exchange.eligible:
         return "not eligible"
     if exchange.superseded_by is not None:
@@ -141,7 +167,7 @@ def _unusable(exchange: Exchange, sees: Sees) -> str | None:
     if exchange.cancelled:
         # Also those that were audited: whether they were must not decide whether they count.
         return "cancelled by the client"
-    feature = unsupported(exchange.request, sees)
+    feature = unsupported(exchange.request)
     if feature is not None:
         return f"unsupported: {feature}"
     if exchange.teacher is not None and not exchange.teacher.trainable:
@@ -192,7 +218,7 @@ def known_answers(rows: Iterable[Row]) -> list[KnownAnswer]:
 
 
 def _spoken(row: Row) -> int:
-    return len(row.text) if row.request is None else spoken_characters(row.request)
+    return len(row.text) if row.request is None else sight.spoken_characters(row.request)
 
 
 def token_estimate(rows: Iterable[Row]) -> TokenEstimate:

@@ -23,8 +23,13 @@ class NotDue:
 
 
 def not_due(dataset: Dataset, past: Sequence[PastLook], policy: TaskPolicy) -> NotDue | None:
-    """Why the next look isn't due yet, or None: it is."""
-    if policy.agreement.kind == "numeric":
+    """Why the next look isn't due yet, or None: it is.
+
+    A linear student chooses among the answers it has seen, so that there must be few of them, seen often. A language
+    model writes its own: for it labels are counted and nothing else.
+    """
+    chooses = policy.student.kind == "linear"
+    if chooses and policy.agreement.kind == "numeric":
         return NotDue(
             True, "a linear student needs an agreement with a normal form: exact or json, not numeric"
         )
@@ -41,6 +46,8 @@ def not_due(dataset: Dataset, past: Sequence[PastLook], policy: TaskPolicy) -> N
         return NotDue(
             False, f"{labels} labels; the {'next' if past else 'first'} look needs {needed}", needed
         )
+    if not chooses:
+        return None
     answers = dataset.answers
     if not known_answers(dataset.rows):
         return NotDue(

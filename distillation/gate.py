@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from distillation.cross_fit import cross_fit
 from distillation.dataset import Dataset
+from distillation.hopeless import Early, Hopeless, find_hopeless
 from distillation.past import Past, PastRelease, propensity_of
 from distillation.scored import Scored
 from routers.admission import AnswerTerms, Verdict, admit
@@ -26,8 +26,11 @@ from serving.settings import TaskPolicy
 
 R_co = TypeVar("R_co", bound=Past, covariant=True)
 
-AsRelease = Callable[[Router, Mapping[str, tuple[float, str]]], R_co]
-"""Makes a release of a router and the rank and answer key of each row it was fitted on, by the row's id."""
+HeldOut = dict[str, tuple[float, str | None]]
+"""The rank and answer key with which each row was tested, by the row's id; −∞: it can't be accepted."""
+
+AsRelease = Callable[[Router, HeldOut, float | None], R_co]
+"""Makes a release of a router, what was held out, and the rank below which generations are given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,8 @@ class Look(Generic[R_co]):
 
     `delta` is what the look spent, `verdict` says on what, under the owner's `terms`. `coverage` is the share of all
     traffic that would be answered, by the rules the release has; `agreement` the share on which students that hadn't
-    seen the rows agree with the teacher (both weighted by 1/propensity).
+    seen the rows agree with the teacher (both weighted by 1/propensity). `hopeless` says which generations would be
+    given up.
     """
 
     number: int
@@ -46,6 +50,7 @@ class Look(Generic[R_co]):
     verdict: Verdict
     coverage: float | None
     agreement: float
+    hopeless: Hopeless
     candidate: R_co | None
 
 
@@ -65,7 +70,13 @@ def take_look(
     from.
     """
     fitted = cross_fit(dataset.rows, seed=seed, sees=policy.student.sees, progress=progress)
-    release = partial(PastRelease, fitted.student)
+
+    def release(router: Router, held_out: HeldOut, _: float | None) -> PastRelease:
+        known = {
+            id: (rank, key) for id, (rank, key) in held_out.items() if key is not None and np.isfinite(rank)
+        }
+        return PastRelease(fitted.student, router, known)
+
     return judge(dataset, fitted, release, past, policy, number=number, seed=seed, progress=progress)
 
 
@@ -78,15 +89,22 @@ def judge(
     *,
     number: int,
     seed: int,
+    early: Sequence[Early] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Look[R_co]:
-    """Test the promise of a student whose answers to the dataset's rows are `fitted`, as `take_look` does."""
+    """Test the promise of a student whose answers to the dataset's rows are `fitted`, as `take_look` does.
+
+    `early` is what was known at the checkpoints before they are judged. Which generations are given up there is learned
+    without their labels and tested with the rest: given up is escalated.
+    """
     propensity = propensity_of(dataset, past)
     delta = spent(number, 1.0 - policy.certainty)
     terms = answer_terms(policy)
     calibrator = PlattCalibrator().fit(fitted.scores, fitted.agreed, 1.0 / propensity)
     confidence = Confidence.of_score(calibrator.slope_, calibrator.offset_)
     ranks = confidence.ranks(fitted.scores, fitted.signals, fitted.predicted)
+    hopeless = find_hopeless(confidence, early, ranks, policy.max_disagreement, propensity, seed=seed)
+    ranks = np.where(hopeless.given_up, -np.inf, ranks)
     progress("testing the promise")
     verdict = admit(
         ranks,
@@ -105,7 +123,6 @@ def judge(
         held_out = {
             row.id: (float(rank), key)
             for row, rank, key in zip(dataset.rows, ranks, fitted.predicted, strict=True)
-            if np.isfinite(rank)
         }
         router = Router(
             confidence,
@@ -115,7 +132,7 @@ def judge(
             unproven=verdict.unproven,
             proven=verdict.proven,
         )
-        candidate = as_release(router, held_out)
+        candidate = as_release(router, held_out, hopeless.below)
     return Look(
         number=number,
         labels=len(dataset.rows),
@@ -124,6 +141,7 @@ def judge(
         verdict=verdict,
         coverage=coverage,
         agreement=float(np.average(fitted.agreed, weights=1.0 / propensity)),
+        hopeless=hopeless,
         candidate=candidate,
     )
 

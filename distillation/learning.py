@@ -9,18 +9,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from distillation.dataset import Dataset, Row, build_dataset
+from distillation.dataset import Dataset, Row
 from distillation.due import not_due
 from distillation.journal import LearningElsewhere, LookJournal
+from distillation.kind import Kind, LinearKind, StudentSilent
 from distillation.outlook import after, labels_per_hour
-from distillation.past import PastRelease, redoable
+from distillation.past import Past
 from routers.looks import labels_needed, next_look
-from serving.agreement import comparison
 from serving.errors import UnknownTask
 from serving.exchange import Json
 from serving.log import LogReader
 from serving.releases import ReleaseStore
 from serving.settings import RESERVED_TASKS, Settings, TaskSettings
+from serving.student_answers import ErasedMeanwhile
 
 CARD_SCHEMA = 1
 
@@ -31,8 +32,8 @@ Progress = Callable[[str], None]
 class Lesson:
     """What learning one task came to.
 
-    `outcome` is `released` (live now), `held` (no level passed), `not_due` or `declined`; `message` says it to a
-    person. `look` is the report of the look, if one was taken.
+    `outcome` is `released` (live now), `held` (no level passed, or no look could be taken), `not_due` or `declined`;
+    `message` says it to a person. `look` is the report of the look, if one was taken.
     """
 
     task: str
@@ -88,46 +89,60 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
     journal = LookJournal(settings.state_dir, task)
     with journal.alone():
         policy = settings.for_task(task)
+        kind = _kind(settings, policy)
         progress(f"{task}: reading the log")
         exchanges = reader.exchanges(task).exchanges
-        dataset = build_dataset(exchanges, comparison(policy.agreement), policy.student.sees)
+        dataset = kind.dataset(exchanges)
         waiting = not_due(dataset, journal.past(), policy)
-        past: dict[str, PastRelease] = {}
+        past: Mapping[str, Past] = {}
         if waiting is None:
-            past, dataset = redoable(ReleaseStore(settings.state_dir), task, dataset, progress)
+            try:
+                past, dataset = kind.prepare(dataset, exchanges, progress)
+            except (StudentSilent, ErasedMeanwhile) as error:
+                return Lesson(task, "held", f"no look was taken: {error}", len(dataset.rows))
             waiting = not_due(dataset, journal.past(), policy)  # less may be left
         if waiting is not None:
             labels = len(dataset.rows)
             when = _waiting_time(dataset.rows, waiting.needed or 0)
             outcome = "declined" if waiting.declined else "not_due"
             return Lesson(task, outcome, waiting.message + when, labels, waiting.needed)
-        return _look(settings, task, dataset, past, journal, policy, progress)
+        return _look(settings, task, kind, dataset, past, journal, policy, progress)
+
+
+def _kind(settings: Settings, policy: TaskSettings) -> Kind:
+    """What learns the kind of student that the task is to have."""
+    store = ReleaseStore(settings.state_dir)
+    if policy.student.kind == "linear":
+        return LinearKind(store, policy)
+    from distillation.lm_kind import LmKind  # the HTTP client: imported only where a student is asked
+
+    return LmKind(settings, store, policy)
 
 
 def _look(
     settings: Settings,
     task: str,
+    kind: Kind,
     dataset: Dataset,
-    past: Mapping[str, PastRelease],
+    past: Mapping[str, Past],
     journal: LookJournal,
     policy: TaskSettings,
     progress: Progress,
 ) -> Lesson:
-    from distillation.gate import take_look  # scikit-learn: imported only once a look is due
-    from distillation.report import report_card
+    from distillation.report import report_card  # scikit-learn: imported only once a look is due
 
     store = ReleaseStore(settings.state_dir)
     labels, number = len(dataset.rows), next_look(journal.past())
     serial = journal.begin(number, labels)
-    look = take_look(
+    look = kind.look(
         dataset,
         past,
-        policy,
         number=number,
         seed=serial,
         progress=lambda step: progress(f"{task}: {step} ({labels} labels)"),
     )
     card = report_card(look, dataset, policy, releases_so_far=len(store.list(task)))
+    card |= kind.remarks(dataset, look)
     release, outcome = None, "held"
     if look.candidate is not None:
         # Also where it answers less than what is live: keeping the widest would keep the luckiest, since what it

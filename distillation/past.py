@@ -23,10 +23,13 @@ ROUTER_FILE = "router.json"
 
 @dataclass(frozen=True, slots=True)
 class Redone:
-    """What a release makes of a labelled exchange: its answer's rank and key, whether it agrees, and the decision."""
+    """What a release makes of a labelled exchange: its answer's rank and key, whether it agrees, and the decision.
+
+    No key: answers of the task's kind have no normal form.
+    """
 
     rank: float
-    key: str
+    key: str | None
     agreed: bool
     decision: Decision
 

@@ -31,14 +31,13 @@ def report_card(look: Look[Past], dataset: Dataset, policy: TaskPolicy, *, relea
     models = Counter(row.teacher_model for row in dataset.rows if row.teacher_model is not None)
     return {
         "student": policy.student.kind,
-        "sees": policy.student.sees,
         "agreement_kind": policy.agreement.kind,
         "max_disagreement": policy.max_disagreement,
         "certainty": policy.certainty,
         "look": look.number,
         "delta": look.delta,
         "labels": look.labels,
-        "missing": sum(1 for row in dataset.rows if row.answer is None),
+        "missing": sum(1 for row in dataset.rows if row.choices is None),
         "answers": len(set(dataset.answers)),
         "unseen_chance": unseen_chance(dataset.answers),
         "agreement": look.agreement,

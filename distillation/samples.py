@@ -61,7 +61,7 @@ def sample_of(redone: Sequence[Redone], weights: Floats) -> Sample:
         ranks=np.array([made.rank for made in redone], dtype=np.float64),
         barred=np.array([made.decision.reason not in _BY_RANK for made in redone], dtype=np.bool_),
         accepted=np.array([made.decision.accepted for made in redone], dtype=np.bool_),
-        keys=[made.key for made in redone],
+        keys=[made.key or "" for made in redone],
         agreed=np.array([made.agreed for made in redone], dtype=np.bool_),
         weights=weights,
     )

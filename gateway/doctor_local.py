@@ -154,14 +154,14 @@ def _of_learning(settings: Settings) -> list[Finding]:
     unlearned = [
         task.name
         for task in map(settings.for_task, [task.name for task in settings.task])
-        if task.agreement.kind == "numeric"
+        if task.agreement.kind == "numeric" and task.student.kind == "linear"
     ]
     if unlearned:
         found.append(
             Finding(
                 "learning",
                 "warning",
-                f"no student learns numeric answers: {', '.join(unlearned)}",
+                f"a linear student can't learn numeric answers: {', '.join(unlearned)}",
                 "expect these tasks to stay with the teacher",
             )
         )

@@ -93,7 +93,7 @@ class Verdict:
 
 def admit(
     rank: ArrayLike,
-    answer: Sequence[str],
+    answer: Sequence[str | None],
     agreed: ArrayLike,
     propensity: ArrayLike,
     *,
@@ -107,7 +107,8 @@ def admit(
 
     `propensity` is as in `Promise`, `delta` what the tests together may spend. Vetoes allow a false discovery rate of
     `level`, and those that refuse a label come from folds without it; `seed` deals the folds as students are fitted on
-    them (cross_fit), and thins. Raises ValueError for arrays that don't fit together.
+    them (cross_fit), and thins. An answer without a key (None: it isn't known yet when the answer is judged) is no
+    slice's: no rule about answers can be applied to it then. Raises ValueError for arrays that don't fit together.
     """
     ranks = np.asarray(rank, dtype=np.float64)
     agreeing = np.asarray(agreed, dtype=np.bool_)
@@ -116,8 +117,10 @@ def admit(
     keys, place = np.unique(np.asarray(answer, dtype=object).astype(str), return_inverse=True)
     if len(ranks) != len(place):
         raise ValueError(f"rank and answer must be equally long, got {len(ranks)} and {len(place)}")
+    known = np.array([key is not None for key in answer], dtype=np.bool_)
     named, (whole_delta, named_delta) = terms.named, terms.shares(delta)
-    others = ~np.isin(keys, [*named, *terms.always_escalate])[place] & np.isfinite(ranks)
+    ruled = np.isin(keys, [*named, *terms.always_escalate])[place] & known
+    others = ~ruled & np.isfinite(ranks)
     promise = Promise(max_disagreement, 1.0 - whole_delta, seed=seed)
     veto = SliceVeto(max_disagreement, level=level, seed=seed)
     whole = promise.admit(
@@ -126,12 +129,12 @@ def admit(
         agreeing,
         propensity=chances,
         grid=_grid(chances, promise),
-        refused=lambda served: refused_out_of_fold(veto, place, agreeing, chances, folds, served),
+        refused=lambda served: refused_out_of_fold(veto, place, agreeing, chances, folds, served & known),
     )
     tests: dict[str, Admission] = {}
     given: dict[str, int] = {}
     for key, bound in named.items():
-        own = (keys == key)[place]
+        own = (keys == key)[place] & known
         given[key] = int(own.sum())
         proof = Promise(bound, 1.0 - named_delta, seed=seed)
         tests[key] = proof.admit(
@@ -140,11 +143,12 @@ def admit(
     tested = [one.threshold for one in whole.levels if one.p_value is not None]
     cut = whole.threshold if whole.threshold is not None else tested[-1] if tested else -np.inf
     judged = others & (ranks >= cut)
-    veto.fit(place[judged], agreeing[judged], chances[judged])
-    accepted = judged & ~veto.refuses(place) & (whole.threshold is not None)
+    sliced = judged & known
+    veto.fit(place[sliced], agreeing[sliced], chances[sliced])
+    accepted = judged & ~(veto.refuses(place) & known) & (whole.threshold is not None)
     for key, test in tests.items():
         if test.threshold is not None:
-            accepted |= (keys == key)[place] & (ranks >= test.threshold)
+            accepted |= (keys == key)[place] & known & (ranks >= test.threshold)
     vetoed = frozenset(keys[veto.answers_[veto.vetoed_]].tolist())
     # The report counts and names answers, not their places.
     veto.answers_ = keys[veto.answers_]

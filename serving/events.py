@@ -117,6 +117,19 @@ def cancelled(
     return event
 
 
+def plain_student(answer: StudentAnswer) -> Json:
+    """A student's answer as it stands in an event."""
+    return _plain(answer, STUDENT_FIELDS)
+
+
+def read_student(data: Json) -> StudentAnswer:
+    """Read what `plain_student` made and JSON has kept. Raises KeyError, TypeError or ValueError."""
+    if not isinstance(data, dict):
+        raise TypeError("a student's answer is an object")
+    read = _student(data)
+    return StudentAnswer(**{name: read[name] for name in STUDENT_FIELDS if name in read})
+
+
 def encode(event: Json) -> bytes:
     """One line of the log, newline included. Raises ValueError for what can't be written as JSON.
 

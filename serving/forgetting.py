@@ -33,6 +33,7 @@ from serving.releases import HELD_OUT_FILE, ReleaseStore
 from serving.removed import clear_unfinished, read_removed, removing_alone, unfinished, write_removed
 from serving.segment_digest import DIGEST_SUFFIX, audited_release
 from serving.segments import OPEN_SUFFIX, events_directory, seal_abandoned, segment_lines, segment_paths
+from serving.student_answers import erase_answers
 
 NOTICED_WITHIN_S = 1.5
 """A gateway that runs has read what is to be forgotten by then."""
@@ -100,11 +101,12 @@ class Erased:
 
     `events` are lines, `damaged` those of them that can't be read and may have been theirs. `oldest` and `newest` are
     in seconds since the epoch. `releases` maps every release made since the oldest was there to the number of the
-    exchanges that it remembers to be fitted on.
+    exchanges that it remembers to be fitted on. `student_answers` are those that learning asked the student for.
     """
 
     exchanges: int = 0
     events: int = 0
+    student_answers: int = 0
     damaged: int = 0
     segments: int = 0
     oldest: float | None = None
@@ -148,6 +150,7 @@ def forget(
     if dry_run:
         work.find()
         work.look_into_releases(change=False)
+        work.erase_student_answers(change=False)
         return work.erasure
     with removing_alone(state_dir, wait=True):
         seal_abandoned(state_dir)
@@ -157,8 +160,10 @@ def forget(
             work.tell_gateways()
             # First: once the log has nothing of it any more, the next run wouldn't know what to look for.
             work.look_into_releases(change=True)
+            work.erase_student_answers(change=True)
             work.erase(timeout_s, noticed_within_s)
             work.look_into_releases(change=True)  # one that was learned meanwhile
+            work.erase_student_answers(change=True)  # from a log of which not all was erased yet
     return work.erasure
 
 
@@ -251,6 +256,12 @@ class _Forgetting:
                     erased.releases[name] = max(trained_on, erased.releases.get(name, 0))
                 if change and trained_on:
                     store.rewrite(task, name, {HELD_OUT_FILE: orjson.dumps(kept)})
+
+    def erase_student_answers(self, *, change: bool) -> None:
+        """Erase what a student answered to them when learning asked it (serving.student_answers)."""
+        for task, erased in self.erasure.tasks.items():
+            ids = set(self._ids.get(task, ()))
+            erased.student_answers += erase_answers(self._state_dir, task, ids, self._disk, change=change)
 
     def _take(self, task: str, line: bytes) -> bool:
         """Note an exchange of theirs, or a damaged line that may be; False if the line is neither."""

@@ -16,12 +16,13 @@ from serving.chat import text_of, token_limit
 from serving.errors import ConfigError, UpstreamRefused
 from serving.exchange import Json, StudentAnswer
 from serving.lm_plan import LmPlan
-from serving.lm_stream import LmStream, StudentBroken
+from serving.lm_stream import LmStream, StudentBroken, StudentRefused
 from serving.logprobs import may_be_about_logprobs
 from serving.tally import Metering, Tally
 from serving.upstream import Headers, StaleConnection, Upstream, UpstreamResponse
 
 _CHAT = "/chat/completions"
+_OF_THE_REQUEST = (400, 413, 422)
 _PASSED_ON = (
     "messages",
     "tools",
@@ -68,23 +69,8 @@ class LmStudent:
         return bool(self._open)
 
     def unsupported(self, request: Json) -> str | None:
-        """The feature of `request` that isn't left to a student, or None: text, tools and formats are."""
-        for name, feature in (("functions", "tools"), ("logit_bias", "logit_bias"), ("audio", "audio")):
-            if request.get(name):
-                return feature
-        if request.get("n") not in (None, 1):
-            return "n"
-        if request.get("logprobs") or request.get("top_logprobs"):
-            return "logprobs"
-        if request.get("modalities") not in (None, [], ["text"]):
-            return "audio"
-        if request.get("web_search_options") is not None:
-            return "web_search"
-        messages = request["messages"]
-        if messages[-1].get("role") == "assistant":
-            return "prefill"
-        spoken = (message.get("content") for message in messages)
-        return "content" if any(said and text_of(said) is None for said in spoken) else None
+        """The feature of `request` that isn't left to a student, or None."""
+        return unsupported(request)
 
     async def answer(self, request: Json) -> StudentAnswer:
         """The whole answer to a supported request. Raises UpstreamBroken or UpstreamTimeout."""
@@ -166,9 +152,30 @@ class LmStudent:
         return cls.of(LmPlan.load(files), metering)
 
 
+def unsupported(request: Json) -> str | None:
+    """The feature of `request` that isn't left to a student, or None: text, tools and formats are."""
+    for name, feature in (("functions", "tools"), ("logit_bias", "logit_bias"), ("audio", "audio")):
+        if request.get(name):
+            return feature
+    if request.get("n") not in (None, 1):
+        return "n"
+    if request.get("logprobs") or request.get("top_logprobs"):
+        return "logprobs"
+    if request.get("modalities") not in (None, [], ["text"]):
+        return "audio"
+    if request.get("web_search_options") is not None:
+        return "web_search"
+    messages = request["messages"]
+    if messages[-1].get("role") == "assistant":
+        return "prefill"
+    spoken = (message.get("content") for message in messages)
+    return "content" if any(said and text_of(said) is None for said in spoken) else None
+
+
 def _refusal(error: UpstreamRefused, place: str) -> StudentBroken:
     said = error.body[:200].decode("utf-8", "replace").strip()
-    return StudentBroken(f"the student at {place} answered with status {error.status}: {said}")
+    kind = StudentRefused if error.status in _OF_THE_REQUEST else StudentBroken
+    return kind(f"the student at {place} answered with status {error.status}: {said}")
 
 
 def _key(variable: str | None) -> str | None:

@@ -15,6 +15,7 @@ import orjson
 
 from serving.errors import DamagedRelease
 from serving.exchange import Json
+from serving.settings import StudentChoice
 
 SCHEMA = 1
 PLAN_FILE = "student.json"
@@ -43,6 +44,26 @@ class LmPlan:
     timeout_s: float = 30.0
     max_tokens: int = 1024
     top_logprobs: int = 5
+
+    @classmethod
+    def of(cls, choice: StudentChoice) -> LmPlan:
+        """The plan that a configuration asks for, before anything was learned about it.
+
+        Raises ValueError for one that asks for another kind of student.
+        """
+        if choice.kind != "lm" or choice.base_url is None or choice.model is None:
+            raise ValueError(f"a student of kind {choice.kind!r} isn't asked over HTTP")
+        return cls(
+            base_url=choice.base_url,
+            model=choice.model,
+            api_key_env=choice.api_key_env,
+            checkpoints=tuple(sorted(set(choice.checkpoints))),
+            commit_tokens=choice.commit_tokens,
+            hold_back_s=choice.hold_back_s,
+            timeout_s=choice.timeout_s,
+            max_tokens=choice.max_tokens,
+            top_logprobs=choice.top_logprobs,
+        )
 
     @property
     def marks(self) -> tuple[int, ...]:

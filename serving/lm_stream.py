@@ -33,6 +33,10 @@ class StudentBroken(UpstreamBroken):
     """The student's server answered with an error, with nothing that is an answer, or not to the end."""
 
 
+class StudentRefused(StudentBroken):
+    """The student's server won't have this request: too long, mostly. It wouldn't a second time either."""
+
+
 class LmStream:
     """Gives the pieces of one answer to `request`; `ask` sends it, when the iteration begins. See `StudentStream`.
 

@@ -11,6 +11,7 @@ from serving.layout import task_names
 from serving.removed import clear_unfinished, read_removed, removing_alone, write_removed
 from serving.segment_digest import DIGEST_SUFFIX, digest_of
 from serving.segments import OPEN_SUFFIX, events_directory, segment_paths
+from serving.student_answers import remove_old_answers
 
 _DAY_S = 86_400.0
 
@@ -34,10 +35,14 @@ def remove_expired(state_dir: Path, retention_days: float, *, now: float, disk: 
     with removing_alone(state_dir, wait=False) as alone:
         if not alone:
             return 0
-        return sum(
-            _remove_expired(state_dir, task, now - retention_days * _DAY_S, disk)
-            for task in task_names(state_dir)
-        )
+        before = now - retention_days * _DAY_S
+        gone = 0
+        for task in task_names(state_dir):
+            gone += _remove_expired(state_dir, task, before, disk)
+            with contextlib.suppress(OSError):
+                # By then the segment with the exchange is gone: before, the student would be asked once more.
+                remove_old_answers(state_dir, task, before - oldest_open_s(retention_days), disk)
+        return gone
 
 
 def _remove_expired(state_dir: Path, task: str, before: float, disk: Disk) -> int:

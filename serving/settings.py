@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    AwareDatetime,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,6 +30,7 @@ from serving.redis_url import RedisUrl
 from serving.sight import Sees
 
 ENV_PREFIX = "UNDERSTUDY_"
+_MOST_CHECKPOINTS = 16
 RESERVED_TASKS = frozenset({"other"})
 """`other` takes the requests of every prompt that is no task (yet, or beyond `server.max_tasks`); nothing is learned
 from it."""
@@ -138,6 +140,21 @@ class Price(Section):
     cached_input: float | None = Field(None, ge=0)
 
 
+def _check_url(value: str) -> str:
+    if not re.match(r"https?://[^/?#]", value):
+        raise ValueError("should begin with http:// or https://, then name a host")
+    return value
+
+
+def _check_variable(value: str, such_as: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        raise ValueError(
+            f"should be the name of the environment variable that holds the key, such as {such_as}, "
+            "not the key itself"
+        )
+    return value
+
+
 class TeacherSettings(Section):
     """The expensive model: any OpenAI-compatible base URL."""
 
@@ -164,19 +181,12 @@ class TeacherSettings(Section):
     @field_validator("base_url")
     @classmethod
     def _is_a_url(cls, value: str) -> str:
-        if not re.match(r"https?://[^/?#]", value):
-            raise ValueError("should begin with http:// or https://, then name a host")
-        return value
+        return _check_url(value)
 
     @field_validator("api_key_env")
     @classmethod
     def _is_the_name_of_a_variable(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-            raise ValueError(
-                "should be the name of the environment variable that holds the key, such as OPENAI_API_KEY, "
-                "not the key itself"
-            )
-        return value
+        return _check_variable(value, "OPENAI_API_KEY")
 
 
 class StudentSettings(Section):
@@ -282,12 +292,65 @@ class ObserveSettings(Section):
 
 
 class StudentChoice(Section):
-    """Which student a task gets."""
+    """Which student a task gets. It acts with the next release: what is live keeps what it was tested with."""
 
-    kind: Literal["linear"] = "linear"
-    sees: Sees = Field(
-        "message", description="what of a conversation the student sees; acts with the next release"
+    kind: Literal["linear", "lm"] = "linear"
+    sees: Sees = Field("message", description="of `linear`: what of a conversation the student sees")
+    base_url: str | None = Field(None, description="of `lm`: an OpenAI-compatible server")
+    model: str | None = Field(None, description="of `lm`: the model's name there")
+    api_key_env: str | None = Field(
+        None, description="of `lm`: the environment variable that holds the server's key, if it wants one"
     )
+    checkpoints: list[int] = Field(
+        default=[8, 24, 64], description="of `lm`: numbers of tokens at which a hopeless answer is given up"
+    )
+    commit_tokens: int = Field(64, ge=1, description="of `lm`: where a streamed answer is judged")
+    hold_back_s: float = Field(
+        1.0, gt=0, description="of `lm`: how long a streamed request waits for that at most"
+    )
+    timeout_s: float = Field(30.0, gt=0, description="of `lm`: deadline of an answer, and of every silence")
+    max_tokens: int = Field(1024, ge=1, description="of `lm`: bound of an answer; the client's may be lower")
+    top_logprobs: int = Field(5, ge=0, le=20, description="of `lm`: alternatives to ask for of each token")
+    trained_until: AwareDatetime | None = Field(
+        None, description="of `lm`: what was logged until then, the model may have been trained on"
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_a_url(cls, value: str | None) -> str | None:
+        return None if value is None else _check_url(value)
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_the_name_of_a_variable(cls, value: str | None) -> str | None:
+        return None if value is None else _check_variable(value, "STUDENT_API_KEY")
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _are_counts(cls, value: list[int]) -> list[int]:
+        if len(value) > _MOST_CHECKPOINTS or not all(tokens >= 1 for tokens in value):
+            raise ValueError(f"should be at most {_MOST_CHECKPOINTS} numbers of tokens, each at least 1")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        if self.kind == "lm":
+            missing = [
+                name for name, value in (("base_url", self.base_url), ("model", self.model)) if not value
+            ]
+            if missing:
+                raise ValueError(
+                    f'a student of kind "lm" needs {" and ".join(missing)}: '
+                    "where the model is served, and its name there"
+                )
+            foreign = self.model_fields_set & {"sees"}
+            why = "a language model sees the whole request"
+        else:
+            foreign = self.model_fields_set - {"kind", "sees"}
+            why = 'that is for students of kind "lm"'
+        if foreign:
+            raise ValueError(f'a student of kind "{self.kind}" has no {", ".join(sorted(foreign))}: {why}')
+        return self
 
 
 class AgreementChoice(Section):

@@ -150,3 +150,15 @@ def test_every_promise_is_kept_at_once() -> None:
         ).passed
     assert binomtest(broken, lives, DELTA, alternative="greater").pvalue > 1e-3, f"{broken} of {lives}"
     assert binom.cdf(broken, lives, DELTA * 0.3) > 0.01, "not just because nothing ever passes"
+
+
+def test_answers_without_a_key_are_nobodys_slice() -> None:
+    """Their rules can't be applied when they are served, so they mustn't be when they are tested."""
+    answer, agreed = drawn(2, 900, {"None": 0.02, "bad": 0.5})
+    unknown = np.array([None if key == "bad" else key for key in answer], dtype=object)
+    found = verdict(unknown, agreed, always_escalate=["bad"], prove={"None": 0.1})
+    assert verdict(answer, agreed).vetoed == {"bad"}
+    assert (found.vetoed, found.slices, found.whole.threshold) == (frozenset(), [], None)
+    assert found.given == {"None": int((answer == "None").sum())}, "nor those of an answer called so"
+    assert set(found.proven) == {"None"}
+    assert not found.accepted[unknown == None].any()  # noqa: E711 - of each element

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
 from serving.configuration import load_settings
 from serving.errors import ConfigError
+from serving.lm_plan import LmPlan
+from serving.settings import StudentChoice
 
 
 def written(folder: Path, text: str) -> Path:
@@ -294,3 +298,67 @@ def test_a_named_answer_may_be_held_to_what_holds_for_all(tmp_path: Path) -> Non
         "[task_defaults]\nmax_disagreement = 0.1\n[[task]]\nname = 'a'\n[task.prove]\n'ask a person' = 0.1\n"
     )
     assert load_settings(path).for_task("a").prove == {"ask a person": 0.1}
+
+
+class TestStudents:
+    LM: ClassVar[dict[str, Any]] = {"kind": "lm", "base_url": "http://localhost:8000/v1", "model": "small"}
+
+    def test_a_language_model(self) -> None:
+        choice = StudentChoice(**self.LM)
+        assert (choice.checkpoints, choice.commit_tokens, choice.hold_back_s) == ([8, 24, 64], 64, 1.0)
+        plan = LmPlan.of(StudentChoice(**self.LM, checkpoints=[24, 8, 8], commit_tokens=32, api_key_env="K"))
+        assert (plan.base_url, plan.model, plan.api_key_env) == ("http://localhost:8000/v1", "small", "K")
+        assert (plan.checkpoints, plan.marks, plan.stop_below) == ((8, 24), (8, 24, 32), None)
+        assert LmPlan.load(plan.files()) == plan
+        with pytest.raises(ValueError, match="'linear' isn't asked over HTTP"):
+            LmPlan.of(StudentChoice())
+
+    def test_from_a_file(self, tmp_path: Path) -> None:
+        file = tmp_path / "understudy.toml"
+        file.write_text(
+            '[[task]]\nname = "a"\n'
+            'student = { kind = "lm", base_url = "http://x/v1", model = "m", trained_until = 2026-10-01T00:00:00Z }\n'
+            '[task_defaults.student]\nsees = "last"\n'
+        )
+        settings = load_settings(file)
+        assert settings.for_task("a").student.trained_until == datetime(2026, 10, 1, tzinfo=UTC)
+        assert settings.for_task("b").student.sees == "last"
+
+    @pytest.mark.parametrize(
+        ("student", "said"),
+        [
+            ('{ kind = "lm" }', "needs base_url and model: where the model is served, and its name there"),
+            ('{ kind = "lm", base_url = "http://x/v1" }', 'a student of kind "lm" needs model'),
+            (
+                '{ kind = "lm", base_url = "http://x/v1", model = "m", sees = "last" }',
+                'of kind "lm" has no sees',
+            ),
+            ('{ model = "m" }', 'a student of kind "linear" has no model: that is for students of kind "lm"'),
+            ('{ kind = "big" }', "student.kind = 'big'"),
+            ('{ kind = "lm", base_url = "x", model = "m" }', "should begin with http:// or https://"),
+            ('{ kind = "lm", base_url = "http://x", model = "m", checkpoints = [0] }', "each at least 1"),
+            ('{ kind = "lm", base_url = "http://x", model = "m", top_logprobs = 21 }', "top_logprobs = 21"),
+            (
+                '{ kind = "lm", base_url = "http://x", model = "m", trained_until = 2026-10-01T00:00:00 }',
+                "timezone",
+            ),
+            ('{ kind = "lm", base_url = "http://x", modell = "m" }', "did you mean task[0].student.model?"),
+        ],
+    )
+    def test_what_cant_be(self, tmp_path: Path, student: str, said: str) -> None:
+        file = tmp_path / "understudy.toml"
+        file.write_text(f'[[task]]\nname = "a"\nstudent = {student}\n')
+        with pytest.raises(ConfigError) as wrong:
+            load_settings(file)
+        assert said in str(wrong.value)
+
+    def test_a_key_in_the_place_of_its_variable_isnt_shown(self, tmp_path: Path) -> None:
+        file = tmp_path / "understudy.toml"
+        file.write_text(
+            '[[task]]\nname = "a"\n'
+            'student = { kind = "lm", base_url = "http://x", model = "m", api_key_env = "sk-secret-1" }\n'
+        )
+        with pytest.raises(ConfigError) as wrong:
+            load_settings(file)
+        assert "sk-secret-1" not in str(wrong.value)
+        assert "such as STUDENT_API_KEY" in str(wrong.value)

@@ -1,0 +1,80 @@
+"""How a kind of student is learned: what differs between one that is fitted here and one that is served elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from distillation.dataset import Dataset, build_dataset
+from distillation.past import Past, redoable
+from serving.agreement import comparison
+from serving.errors import UnderstudyError
+from serving.exchange import Exchange, Json
+from serving.releases import ReleaseStore
+from serving.settings import TaskSettings
+
+if TYPE_CHECKING:
+    from distillation.gate import Look  # scikit-learn: imported only once a look is due
+
+Progress = Callable[[str], None]
+
+
+class StudentSilent(UnderstudyError):
+    """The student could not be had answer everything, so that nothing can be said of it."""
+
+
+class Kind(Protocol):
+    """One task's student to be, from the log to a look. Made before the log is read."""
+
+    def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
+        """What of the log this student can be judged on."""
+        ...
+
+    def prepare(
+        self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress
+    ) -> tuple[Mapping[str, Past], Dataset]:
+        """The releases the traffic met, and the dataset without what can't be used after all.
+
+        Raises StudentSilent or ErasedMeanwhile: no look can be taken.
+        """
+        ...
+
+    def look(
+        self, dataset: Dataset, past: Mapping[str, Past], *, number: int, seed: int, progress: Progress
+    ) -> Look[Past]:
+        """Take look `number` at what `prepare` gave."""
+        ...
+
+    def remarks(self, dataset: Dataset, look: Look[Past]) -> Json:
+        """What a report card says of this kind of student only."""
+        ...
+
+
+class LinearKind:
+    """The student `linear`: fitted here, on the very rows it is judged on."""
+
+    def __init__(self, store: ReleaseStore, policy: TaskSettings) -> None:
+        self._store = store
+        self._policy = policy
+
+    def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
+        """Rows by what the student sees."""
+        return build_dataset(exchanges, comparison(self._policy.agreement), self._policy.student.sees)
+
+    def prepare(
+        self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress
+    ) -> tuple[Mapping[str, Past], Dataset]:
+        """The releases on disk; the traffic of those that can't be redone is left out."""
+        return redoable(self._store, self._policy.name, dataset, progress)
+
+    def look(
+        self, dataset: Dataset, past: Mapping[str, Past], *, number: int, seed: int, progress: Progress
+    ) -> Look[Past]:
+        """Fit, cross-fit, test."""
+        from distillation.gate import take_look
+
+        return take_look(dataset, past, self._policy, number=number, seed=seed, progress=progress)
+
+    def remarks(self, dataset: Dataset, look: Look[Past]) -> Json:
+        """What of a conversation it sees."""
+        return {"sees": self._policy.student.sees}

@@ -1,0 +1,234 @@
+"""Learning about the student `lm`: the model is given and served elsewhere, and saw none of the labels.
+
+What is learned is when to trust it: the confidence, the threshold, the answers' rules, and which generations to give
+up. That only holds for rows it wasn't trained on: what was logged until `student.trained_until` is left out, labels and
+traffic alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distillation.as_served import AsServed, Known, as_served, columns
+from distillation.asking import ask
+from distillation.dataset import Dataset, Row, build_dataset
+from distillation.kind import Progress, StudentSilent
+from distillation.lm_release import Answered, LmRelease, is_streamed, read_lm_release, stopping, student_id
+from distillation.past import Past, read_past
+from distillation.scored import Scored
+from routers.meter import TokenMeter
+from routers.router import Router
+from serving.agreement import comparison
+from serving.errors import DamagedRelease, UnknownRelease
+from serving.exchange import Exchange, Json, StudentAnswer
+from serving.lm import LmStudent, unsupported
+from serving.lm_plan import LmPlan
+from serving.redaction import Redactor
+from serving.releases import Release, ReleaseStore
+from serving.settings import Settings, TaskSettings
+from serving.student_answers import StudentAnswers
+
+if TYPE_CHECKING:
+    from distillation.gate import HeldOut, Look  # scikit-learn: imported only once a look is due
+
+
+class LmKind:
+    """The student `lm` of one task. Make it before the log is read."""
+
+    def __init__(self, settings: Settings, store: ReleaseStore, policy: TaskSettings) -> None:
+        self._redact = sorted(settings.log.redact)
+        self._redactor = Redactor(settings.log.redact) if settings.log.redact else None
+        self._store = store
+        self._policy = policy
+        self._comparing = comparison(policy.agreement)
+        self._plan = LmPlan.of(policy.student)
+        self._kept = StudentAnswers(settings.state_dir, policy.name, student_id(self._plan, self._redact))
+        self._answered: dict[str, Answered] = {}
+
+    def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
+        """Rows by what the model supports, after the time until which it was trained."""
+        until = self._policy.student.trained_until
+        return build_dataset(
+            exchanges,
+            self._comparing,
+            unsupported=unsupported,
+            trained_until=-math.inf if until is None else until.timestamp(),
+        )
+
+    def prepare(
+        self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress
+    ) -> tuple[Mapping[str, Past], Dataset]:
+        """Have every row answered, by the log, by what was kept, or by asking; then read the releases.
+
+        Traffic of a release with another student of this kind is left out: what that would make of the other rows
+        isn't known.
+        """
+        self._kept.keep_only({exchange.id for exchange in exchanges})
+        own = self._own_releases(dataset)
+        answers = {**self._kept.read(), **_logged(exchanges, own)}
+        missing = [row for row in dataset.rows if row.id not in answers]
+        if missing:
+            asyncio.run(self._ask(missing, answers, progress))
+        self._answered = {
+            row.id: self._compared(row, answers[row.id]) for row in dataset.rows if row.id in answers
+        }
+        if not any(math.isfinite(one.answer.score) for one in self._answered.values()):
+            raise StudentSilent(
+                f"{self._plan.model} at student.base_url gives no log-probabilities, and without them nothing tells "
+                "how sure it is; use a server that gives them (logprobs), such as vLLM"
+            )
+        past: dict[str, Past] = {}
+        for name in [name for name in dataset.traffic if name is not None]:
+            try:
+                past[name] = self._read(name, own)
+            except (DamagedRelease, UnknownRelease) as error:
+                progress(f"{self._policy.name}: leaving out the traffic of release {name}: {error}")
+                dataset = dataset.without_period(name)
+        return past, dataset
+
+    def look(
+        self, dataset: Dataset, past: Mapping[str, Past], *, number: int, seed: int, progress: Progress
+    ) -> Look[Past]:
+        """Score every answer as it would be served, and test."""
+        from distillation.gate import judge
+
+        served = self._served(dataset)
+        judged = [None if one is None else one.judged for one in served]
+        scores, signals = columns(judged)
+        fitted = Scored(
+            # What the student refuses is never accepted.
+            scores=np.where(np.isnan(scores), -np.inf, scores),
+            signals=signals,
+            predicted=[self._key(row, one) for row, one in zip(dataset.rows, served, strict=True)],
+            agreed=np.array(
+                [row.id in self._answered and self._answered[row.id].agreed for row in dataset.rows],
+                dtype=np.bool_,
+            ),
+        )
+        early = [
+            columns([_at(one, tokens) for one in served])
+            for tokens in self._plan.marks
+            if tokens < self._plan.commit_tokens
+        ]
+        return judge(
+            dataset,
+            fitted,
+            self._release,
+            past,
+            self._policy,
+            number=number,
+            seed=seed,
+            early=early,
+            progress=progress,
+        )
+
+    def remarks(self, dataset: Dataset, look: Look[Past]) -> Json:
+        """Which model, what it refused, and what giving up hopeless generations saves."""
+        until = self._policy.student.trained_until
+        return {
+            "model": self._plan.model,
+            "trained_until": None if until is None else until.isoformat(),
+            "refused": sum(row.id not in self._answered for row in dataset.rows),
+            "gives_up": self._saved(dataset, look),
+        }
+
+    def _saved(self, dataset: Dataset, look: Look[Past]) -> Json | None:
+        """Of the labelled rows: the share given up, the share of tokens saved by it; `wrongly` as in `Hopeless`."""
+        hopeless = look.hopeless
+        if hopeless.below is None:
+            return None
+        made, saved = 0, 0
+        for one, at in zip(self._served(dataset), hopeless.at, strict=True):
+            if one is not None:
+                made += one.judged.tokens
+                saved += one.judged.tokens - one.early[at].tokens if at >= 0 else 0
+        return {
+            "below": hopeless.below,
+            "share": float(np.mean(hopeless.given_up)),
+            "wrongly": hopeless.wrongly,
+            "tokens_saved": saved / made if made else 0.0,
+        }
+
+    def _served(self, dataset: Dataset) -> list[AsServed | None]:
+        return [
+            as_served(self._answered[row.id].answer, self._plan, streamed=is_streamed(row))
+            if row.id in self._answered
+            else None
+            for row in dataset.rows
+        ]
+
+    def _key(self, row: Row, served: AsServed | None) -> str | None:
+        """The answer's key, if it is known when the answer is judged."""
+        return self._answered[row.id].key if served is not None and served.ended else None
+
+    def _release(self, router: Router, held_out: HeldOut, below: float | None) -> LmRelease:
+        return LmRelease(stopping(self._plan, below), router, held_out, self._answered)
+
+    async def _ask(self, rows: Sequence[Row], answers: dict[str, StudentAnswer], progress: Progress) -> None:
+        """Ask about rows, and keep what comes: as the log would, with what `log.redact` names replaced."""
+
+        def keep(row: Row, answer: StudentAnswer) -> None:
+            if self._redactor is not None:
+                answer = dataclasses.replace(answer, choices=self._redactor.value(answer.choices))
+            answers[row.id] = answer
+            self._kept.append(row.id, row.created, answer)
+
+        student = LmStudent.of(self._plan, TokenMeter)
+        try:
+            await ask(student, rows, keep, progress=lambda said: progress(f"{self._policy.name}: {said}"))
+        finally:
+            await student.aclose()
+
+    def _compared(self, row: Row, answer: StudentAnswer) -> Answered:
+        key = self._comparing.key(answer.choices)
+        if key is not None:
+            return Answered(answer, key, key == row.answer)
+        # No normal form; where the row has one, it is that of an answer that was redacted.
+        labelled = row.answer is None and row.choices is not None
+        return Answered(answer, key, labelled and self._comparing.agree(answer.choices, row.choices or []))
+
+    def _own_releases(self, dataset: Dataset) -> set[str]:
+        """The releases whose answers are this very student's."""
+        own = set()
+        for name in [name for name in dataset.traffic if name is not None]:
+            try:
+                if self._is_own(self._store.read(self._policy.name, name)):
+                    own.add(name)
+            except (DamagedRelease, UnknownRelease):
+                continue  # said when its traffic is left out
+        return own
+
+    def _is_own(self, release: Release) -> bool:
+        if release.card.get("student") != "lm":
+            return False
+        seen_by = release.card.get("redact", [])
+        return student_id(LmPlan.load(release.files), seen_by) == self._kept.student
+
+    def _read(self, name: str, own: set[str]) -> Past:
+        release = self._store.read(self._policy.name, name)
+        if release.card.get("student") != "lm":
+            return read_past(self._store, self._policy.name, name)
+        if name not in own:
+            raise DamagedRelease("its student is another model, or asked otherwise, than student says today")
+        return read_lm_release(release, self._answered)
+
+
+def _logged(exchanges: Sequence[Exchange], own: set[str]) -> dict[str, StudentAnswer]:
+    """The whole answers that this student gave when the requests came."""
+    return {
+        exchange.id: exchange.student
+        for exchange in exchanges
+        if exchange.release in own and exchange.student is not None and exchange.student.complete
+    }
+
+
+def _at(served: AsServed | None, tokens: int) -> Known | None:
+    """What was known at this checkpoint, if the answer reached it."""
+    early = () if served is None else served.early
+    return next((known for known in early if known.tokens == tokens), None)

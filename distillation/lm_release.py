@@ -1,0 +1,124 @@
+"""Releases whose student is `lm`: what they keep, and redoing their decisions."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import orjson
+
+from distillation.as_served import AsServed, as_served
+from distillation.dataset import Row
+from distillation.past import ROUTER_FILE, Redone
+from routers.router import Router
+from serving.errors import DamagedRelease
+from serving.exchange import StudentAnswer
+from serving.lm_plan import LmPlan
+from serving.releases import HELD_OUT_FILE, Release
+
+HeldOut = Mapping[str, tuple[float, str | None]]
+
+
+def student_id(plan: LmPlan, redact: Sequence[str]) -> str:
+    """The name under which a student's answers are kept: of all that they depend on, 16 hex digits.
+
+    `redact` is what it doesn't get to see. Where its answers are judged, and how long they may take, isn't among it.
+    """
+    asked = {
+        "base_url": plan.base_url,
+        "model": plan.model,
+        "marks": plan.marks,
+        "max_tokens": plan.max_tokens,
+        "top_logprobs": plan.top_logprobs,
+        "redact": sorted(redact),
+    }
+    return hashlib.sha256(orjson.dumps(asked)).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The student's answer to a row: `key` is its normal form (None: there is none), `agreed` with the label."""
+
+    answer: StudentAnswer
+    key: str | None
+    agreed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LmRelease:
+    """A release's plan and router, how it ranked the rows its confidence was fitted on, and the student's answers.
+
+    `held_out` maps the ids of those rows to the rank and answer key that they were tested with: −∞ for one that was
+    given up, no key for one that was judged before its end. `answered` maps ids to answers; what the student refuses
+    isn't there. `name` is None until it is written.
+    """
+
+    plan: LmPlan
+    router: Router
+    held_out: HeldOut
+    answered: Mapping[str, Answered]
+    name: str | None = None
+
+    def accepts_row(self, row: Row) -> bool:
+        """Whether the release would have answered a row's request, had its confidence not been fitted on it."""
+        if self.name is not None and row.release == self.name:
+            return row.accepted  # the log knows
+        redone = self.redo(row)
+        return redone is not None and redone.decision.accepted
+
+    def redo(self, row: Row) -> Redone | None:
+        """What the release makes of a row, had it not been fitted on it; None where its student refuses to answer."""
+        known = self.answered.get(row.id)
+        if known is None:
+            return None
+        ranked = self.held_out.get(row.id) or self._rank(known, row)
+        return Redone(ranked[0], known.key, known.agreed, self.router.judge(*ranked))
+
+    def _rank(self, known: Answered, row: Row) -> tuple[float, str | None]:
+        served = as_served(known.answer, self.plan, streamed=is_streamed(row))
+        key = known.key if served.ended else None
+        if self.gives_up(served):
+            return -math.inf, key
+        return self.router.confidence.rank(served.judged.score, served.judged.signals, key), key
+
+    def gives_up(self, served: AsServed) -> bool:
+        """Whether a generation is stopped at one of its early checkpoints."""
+        cut = self.plan.stop_below
+        if cut is None:
+            return False
+        return any(self.router.confidence.rank(early.score, early.signals) < cut for early in served.early)
+
+    def files(self) -> dict[str, bytes]:
+        """The whole as files of a release; `read_lm_release` reads them back."""
+        return {
+            **self.plan.files(),
+            ROUTER_FILE: self.router.dump(),
+            HELD_OUT_FILE: orjson.dumps(self.held_out),  # −∞ becomes null
+        }
+
+
+def read_lm_release(release: Release, answered: Mapping[str, Answered]) -> LmRelease:
+    """A release of the store, with its student's answers by row. Raises DamagedRelease."""
+    try:
+        held_out = {
+            id: (-math.inf if rank is None else float(rank), None if key is None else str(key))
+            for id, (rank, key) in orjson.loads(release.files[HELD_OUT_FILE]).items()
+        }
+        router = Router.load(release.files[ROUTER_FILE])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedRelease(
+            f"release {release.name} of task {release.task}: {HELD_OUT_FILE} can't be read: {error}"
+        ) from error
+    return LmRelease(LmPlan.load(release.files), router, held_out, answered, release.name)
+
+
+def stopping(plan: LmPlan, below: float | None) -> LmPlan:
+    """The plan of a release that gives generations up below this rank."""
+    return replace(plan, stop_below=below)
+
+
+def is_streamed(row: Row) -> bool:
+    """Whether the client asked for a stream."""
+    return row.request is not None and row.request.get("stream") is True
