@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from distillation.cross_fit import cross_fit
 from distillation.dataset import Dataset
@@ -17,8 +19,7 @@ from distillation.hopeless import Early, Hopeless, find_hopeless
 from distillation.past import Past, PastRelease, propensity_of
 from distillation.scored import Scored
 from routers.admission import AnswerTerms, Verdict, admit
-from routers.calibration import PlattCalibrator
-from routers.confidence import Confidence
+from routers.confidence_fit import ConfidenceEstimator, held_out_ranks
 from routers.looks import spent
 from routers.router import Router
 from serving.agreement import comparison
@@ -39,7 +40,8 @@ class Look(Generic[R_co]):
 
     `delta` is what the look spent, `verdict` says on what, under the owner's `terms`. `coverage` is the share of all
     traffic that would be answered, by the rules the release has; `agreement` the share on which students that hadn't
-    seen the rows agree with the teacher (both weighted by 1/propensity). `hopeless` says which generations would be
+    seen the rows agree with the teacher (both weighted by 1/propensity). `losses` is the cross-validated log-loss of
+    each model of confidence that was tried, `model` the one that was chosen. `hopeless` says which generations would be
     given up.
     """
 
@@ -50,6 +52,8 @@ class Look(Generic[R_co]):
     verdict: Verdict
     coverage: float | None
     agreement: float
+    model: str
+    losses: Mapping[str, float]
     hopeless: Hopeless
     candidate: R_co | None
 
@@ -100,9 +104,9 @@ def judge(
     propensity = propensity_of(dataset, past)
     delta = spent(number, 1.0 - policy.certainty)
     terms = answer_terms(policy)
-    calibrator = PlattCalibrator().fit(fitted.scores, fitted.agreed, 1.0 / propensity)
-    confidence = Confidence.of_score(calibrator.slope_, calibrator.offset_)
-    ranks = confidence.ranks(fitted.scores, fitted.signals, fitted.predicted)
+    progress("fitting its confidence")
+    estimator, ranks = _ranked(fitted, 1.0 / propensity, seed)
+    confidence = estimator.confidence_
     hopeless = find_hopeless(confidence, early, ranks, policy.max_disagreement, propensity, seed=seed)
     ranks = np.where(hopeless.given_up, -np.inf, ranks)
     progress("testing the promise")
@@ -141,9 +145,21 @@ def judge(
         verdict=verdict,
         coverage=coverage,
         agreement=float(np.average(fitted.agreed, weights=1.0 / propensity)),
+        model=estimator.confidence_.model,
+        losses=estimator.losses_,
         hopeless=hopeless,
         candidate=candidate,
     )
+
+
+def _ranked(
+    fitted: Scored, weights: NDArray[np.float64], seed: int
+) -> tuple[ConfidenceEstimator, NDArray[np.float64]]:
+    """The confidence to be released, and each row's rank by confidences that its own label had no hand in."""
+    given = (fitted.scores, fitted.signals, fitted.predicted, fitted.agreed, weights)
+    with threadpool_limits(1):  # small matrices: threads that wait for one another cost more than they save
+        estimator = ConfidenceEstimator(seed=seed).fit(*given)
+        return estimator, held_out_ranks(estimator, *given)
 
 
 def answer_terms(policy: TaskPolicy) -> AnswerTerms:

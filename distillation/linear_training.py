@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,7 @@ class TermCounts:
             idf=np.concatenate([word_idf, character_idf]).astype(np.float32),
             weights=np.ascontiguousarray(fitted.weights, dtype=np.float32),
             intercept=fitted.intercept.astype(np.float32),
-            answers=[known[index] for index in fitted.classes],
+            answers=[replace(known[c], seen=int((answers == c).sum())) for c in fitted.classes],
             tokens=tokens,
             sees=sees,
         )

@@ -42,6 +42,7 @@ def report_card(look: Look[Past], dataset: Dataset, policy: TaskPolicy, *, relea
         "unseen_chance": unseen_chance(dataset.answers),
         "agreement": look.agreement,
         "coverage": look.coverage,
+        "confidence": {"model": look.model, "log_losses": dict(look.losses)},
         "rank_threshold": verdict.whole.threshold,
         "threshold": router.threshold if router is not None else None,
         "levels": [asdict(level) for level in verdict.whole.levels],

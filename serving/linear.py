@@ -43,12 +43,14 @@ class KnownAnswer:
     """One of the answers a closed answer space has.
 
     `key` is its normal form under the task's agreement, `choices` what the teacher most often wrote for it and
-    `completion_tokens` how many tokens that cost there.
+    `completion_tokens` how many tokens that cost there. `seen`: how many texts with this answer the student was fitted
+    to.
     """
 
     key: str
     choices: list[Json]
     completion_tokens: int
+    seen: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,12 @@ class Prediction:
     score: float
     probability: float
     entropy: float
+    seen: int = 0
 
     @property
     def signals(self) -> dict[str, float]:
-        """What the student says of itself beside its score."""
-        return {"probability": self.probability, "entropy": self.entropy}
+        """What the student says of itself beside its score: ln(1 + seen) is how near its answer is to its training."""
+        return {"probability": self.probability, "entropy": self.entropy, "seen": math.log1p(self.seen)}
 
 
 class LinearStudent:
@@ -120,13 +123,19 @@ class LinearStudent:
         logits = self._logits(text)
         best = int(logits.argmax())
         if len(logits) == 1:
-            return Prediction(index=0, score=0.0, probability=1.0, entropy=0.0)
+            return Prediction(index=0, score=0.0, probability=1.0, entropy=0.0, seen=self.answers[0].seen)
         behind: Floats = logits - logits[best]  # log-odds against the best answer: at most 0
         odds = np.exp(behind)
         total = float(odds.sum())
         entropy = math.log(total) - float(odds @ behind) / total
         behind[best] = -math.inf
-        return Prediction(index=best, score=-float(behind.max()), probability=1.0 / total, entropy=entropy)
+        return Prediction(
+            index=best,
+            score=-float(behind.max()),
+            probability=1.0 / total,
+            entropy=entropy,
+            seen=self.answers[best].seen,
+        )
 
     def _logits(self, text: str) -> Floats:
         word_terms, character_terms = terms(text)
@@ -193,7 +202,12 @@ class LinearStudent:
             "kind": "linear",
             **sight,
             "answers": [
-                {"key": a.key, "choices": a.choices, "completion_tokens": a.completion_tokens}
+                {
+                    "key": a.key,
+                    "choices": a.choices,
+                    "completion_tokens": a.completion_tokens,
+                    "seen": a.seen,
+                }
                 for a in self.answers
             ],
             "tokens": {"fixed": self._tokens.fixed, "per_character": self._tokens.per_character},
@@ -236,7 +250,8 @@ class LinearStudent:
                 weights=arrays["weights"],
                 intercept=arrays["intercept"],
                 answers=[
-                    KnownAnswer(a["key"], a["choices"], int(a["completion_tokens"]))
+                    # Releases of before it counted have no confidence that asks for it.
+                    KnownAnswer(a["key"], a["choices"], int(a["completion_tokens"]), int(a.get("seen", 0)))
                     for a in described["answers"]
                 ],
                 tokens=TokenEstimate(float(tokens["fixed"]), float(tokens["per_character"])),
@@ -262,7 +277,7 @@ class LinearStudent:
         if not (math.isfinite(self._tokens.fixed) and math.isfinite(self._tokens.per_character)):
             raise DamagedRelease(f"{ANSWERS_FILE} estimates tokens by {self._tokens}")
         for answer in self.answers:
-            if not (isinstance(answer.key, str) and _are_choices(answer.choices)):
+            if not (isinstance(answer.key, str) and _are_choices(answer.choices) and answer.seen >= 0):
                 raise DamagedRelease(f"{ANSWERS_FILE} holds something that isn't an answer: {answer}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -251,7 +252,13 @@ class TestAnswer:
         assert answer.latency_s > 0
         prediction = fitted.predict("where is my red card")
         assert answer.score == prediction.score
-        assert answer.signals == {"probability": prediction.probability, "entropy": prediction.entropy}
+        seen = fitted.answers[prediction.index].seen
+        assert answer.signals == {
+            "probability": prediction.probability,
+            "entropy": prediction.entropy,
+            "seen": math.log1p(seen),
+        }
+        assert seen == sum(label == "lost" for _, label in TEXTS)
 
     def test_a_negative_estimate_is_no_tokens(self) -> None:
         assert TokenEstimate(fixed=-3.0, per_character=0.1).prompt_tokens(3) == 0
