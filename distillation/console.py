@@ -18,9 +18,10 @@ from distillation.economics import TaskSummary
 from distillation.learning import Lesson
 from distillation.outlook import in_words
 from distillation.templates import Template
+from distillation.watching import withdrawal_line
 from serving.exchange import Json
 from serving.forgetting import Erasure
-from serving.releases import Live
+from serving.live import Live
 
 _PRICE = "set teacher.price, and those to come will be in `spent`"
 
@@ -57,6 +58,9 @@ def print_live(task: str, live: Live, json: bool) -> None:
         print_json({"task": task, "release": live.release, "generation": live.generation})
     else:
         print(f"{task}: {live.release or 'the teacher alone'} is live (generation {live.generation})")
+    withdrawn = live.withdrawn(live.release) if live.release is not None else None
+    if withdrawn is not None:
+        print(f"WARNING: {withdrawal_line(withdrawn)}. The watch begins anew", file=sys.stderr)
 
 
 @contextmanager
@@ -162,6 +166,7 @@ def print_tasks(
     print("\nWorth a student?")
     for task, outlook in outlooks:
         print(f"  {task}: {outlook}")
+    _print_watch(shown)
     gone = [one for one in summaries if one not in shown and named.get(one.task)]
     if gone:
         requests = sum(named[one.task] for one in gone)
@@ -171,6 +176,19 @@ def print_tasks(
     damaged = sum(summary.damaged_lines for summary in summaries)
     if damaged:
         print(f"{damaged} damaged lines in the log were skipped")
+
+
+def _print_watch(summaries: Sequence[TaskSummary]) -> None:
+    """How the live releases do, and which were withdrawn."""
+    lines = []
+    for one in summaries:
+        if one.watched is not None:
+            lines.append(f"  {one.task}: {one.watched.line()}")
+        if one.withdrawn is not None:
+            lines.append(f"  {one.task}: {withdrawal_line(one.withdrawn)}")
+    if lines:
+        print("\nDo they keep their promises?")
+        print("\n".join(lines))
 
 
 def _add_template(table: Table, template: Template) -> None:

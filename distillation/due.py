@@ -22,11 +22,14 @@ class NotDue:
     needed: int | None = None
 
 
-def not_due(dataset: Dataset, past: Sequence[PastLook], policy: TaskPolicy) -> NotDue | None:
+def not_due(
+    dataset: Dataset, past: Sequence[PastLook], policy: TaskPolicy, *, fence: float = 0.0
+) -> NotDue | None:
     """Why the next look isn't due yet, or None: it is.
 
     A linear student chooses among the answers it has seen, so that there must be few of them, seen often. A language
-    model writes its own: for it labels are counted and nothing else.
+    model writes its own: for it labels are counted and nothing else. `fence` is when a release was last withdrawn: the
+    dataset begins there, and so do the looks.
     """
     chooses = policy.student.kind == "linear"
     if chooses and policy.agreement.kind == "numeric":
@@ -34,7 +37,8 @@ def not_due(dataset: Dataset, past: Sequence[PastLook], policy: TaskPolicy) -> N
             True, "a linear student needs an agreement with a normal form: exact or json, not numeric"
         )
     labels = len(dataset.rows)
-    needed = labels_needed(past, policy.max_disagreement, policy.certainty)
+    needed = labels_needed(past, policy.max_disagreement, policy.certainty, fence=fence)
+    begun = any(look.at >= fence for look in past)
     untrainable = dataset.left_out["teacher not marked trainable"]
     if labels == 0 and untrainable:
         return NotDue(
@@ -44,7 +48,7 @@ def not_due(dataset: Dataset, past: Sequence[PastLook], policy: TaskPolicy) -> N
         )
     if labels < needed:
         return NotDue(
-            False, f"{labels} labels; the {'next' if past else 'first'} look needs {needed}", needed
+            False, f"{labels} labels; the {'next' if begun else 'first'} look needs {needed}", needed
         )
     if not chooses:
         return None
@@ -62,7 +66,7 @@ def not_due(dataset: Dataset, past: Sequence[PastLook], policy: TaskPolicy) -> N
             f"the answer space isn't closed: {len(set(answers))} distinct answers in {labels} labels, and the next "
             f"is new with probability {unseen:.1%} (Good–Turing), above α = {policy.max_disagreement:.1%}",
         )
-    if not past and not half_is_known(answers):
+    if not begun and not half_is_known(answers):
         return NotDue(
             False,
             f"{labels} labels; the first look waits until half of the traffic gets answers "

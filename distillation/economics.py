@@ -9,12 +9,12 @@ from distillation.dataset import Dataset, build_dataset
 from distillation.due import not_due
 from distillation.journal import LookJournal
 from distillation.prompts import Prompts
+from distillation.watching import Watched, came_after, live_of, watched
 from routers.looks import unseen_chance
 from serving.agreement import comparison
-from serving.errors import DamagedRelease
 from serving.exchange import Exchange, Json
+from serving.live import Withdrawal
 from serving.log import LogReader
-from serving.releases import ReleaseStore
 from serving.settings import RESERVED_TASKS, Settings, TaskSettings
 from serving.sight import Sees
 
@@ -28,7 +28,8 @@ class TaskSummary:
     `cost_usd` is what was spent: audits, rejected student answers and answers whose clients left are included.
     `teacher_cost_usd` is what one teacher answer costs on average (None: no price is known), `unpriced` how many of
     them have no price, `unseen` the chance that the next answer is new. `outlook` says in words whether a student
-    looks worth it, and why; `sees` what of a request the next student will see.
+    looks worth it, and why; `sees` what of a request the next student will see. `watched` is how the live release does,
+    `withdrawn` why none is live, if the watch took it away: `labels` and `outlook` are then of what came since.
     """
 
     task: str
@@ -44,6 +45,8 @@ class TaskSummary:
     damaged_lines: int
     unpriced: int = 0
     sees: Sees = "message"
+    watched: Watched | None = None
+    withdrawn: Withdrawal | None = None
 
     def to_json(self) -> Json:
         """The summary as `--json` prints it."""
@@ -65,17 +68,20 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
     if prompts is not None and all(task != configured.name for configured in settings.task):
         prompts.add(task, ((exchange, cost_of(exchange)) for exchange in read.exchanges))
     policy = settings.for_task(task) if task not in RESERVED_TASKS else TaskSettings(name=task)
-    dataset = build_dataset(read.exchanges, comparison(policy.agreement), policy.student.sees)
+    live = live_of(settings, task)
+    fence = live.fence if live is not None else 0.0
+    dataset = build_dataset(
+        came_after(read.exchanges, fence), comparison(policy.agreement), policy.student.sees
+    )
     answers = dataset.answers
     prices = [
         e.teacher.cost_usd
         for e in read.exchanges
         if e.teacher is not None and e.teacher.cost_usd is not None and _paid_for(e)
     ]
-    try:
-        live = ReleaseStore(settings.state_dir).live(task)
-    except DamagedRelease:
-        live = None
+    withdrawn = (
+        live.withdrawals[-1] if live is not None and live.release is None and live.withdrawals else None
+    )
     return TaskSummary(
         task=task,
         exchanges=len(read.exchanges),
@@ -86,12 +92,14 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
         cost_usd=sum(cost_of(e) for e in read.exchanges) + read.unanswered_usd,
         teacher_cost_usd=sum(prices) / len(prices) if prices else None,
         release=live.release if live is not None else None,
-        outlook=_outlook(settings, task, policy, dataset),
+        outlook=_outlook(settings, task, policy, dataset, fence),
         damaged_lines=read.damaged,
         unpriced=sum(
             _paid_for(e) and e.teacher.cost_usd is None for e in read.exchanges if e.teacher is not None
         ),
         sees=policy.student.sees,
+        watched=watched(settings, task, live, read.exchanges),
+        withdrawn=withdrawn,
     )
 
 
@@ -111,14 +119,14 @@ def cost_of(exchange: Exchange) -> float:
     return cost
 
 
-def _outlook(settings: Settings, task: str, policy: TaskSettings, dataset: Dataset) -> str:
+def _outlook(settings: Settings, task: str, policy: TaskSettings, dataset: Dataset, fence: float) -> str:
     if task in RESERVED_TASKS:
         return "no: the overflow of server.max_tasks is never learned"
     if not dataset.rows and dataset.left_out:
         reason, count = dataset.left_out.most_common(1)[0]
         hint = f"; {_SEE_MORE}" if reason == "unsupported: turns" and policy.student.sees == "message" else ""
         return f"no: {count} exchanges can't be used ({reason}{hint})"
-    waiting = not_due(dataset, LookJournal(settings.state_dir, task).past(), policy)
+    waiting = not_due(dataset, LookJournal(settings.state_dir, task).past(), policy, fence=fence)
     if waiting is None:
         return "yes: a look is due"
     return f"{'no' if waiting.declined else 'too early'}: {waiting.message}"

@@ -40,10 +40,11 @@ class LookJournal:
         looks: dict[int, PastLook] = {}
         for entry in self.entries():
             try:
-                serial, look = int(entry["serial"]), PastLook(int(entry["look"]), int(entry["labels"]), False)
+                serial, number, labels = int(entry["serial"]), int(entry["look"]), int(entry["labels"])
+                at = float(entry.get("at", 0.0))
             except (KeyError, TypeError, ValueError):
                 continue
-            looks[serial] = PastLook(look.look, look.labels, bool(entry.get("release")))
+            looks[serial] = PastLook(number, labels, bool(entry.get("release")), at)
         return looks
 
     def entries(self) -> list[Json]:

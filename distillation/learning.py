@@ -15,8 +15,9 @@ from distillation.journal import LearningElsewhere, LookJournal
 from distillation.kind import Kind, LinearKind, StudentSilent
 from distillation.outlook import after, labels_per_hour
 from distillation.past import Past
+from distillation.watching import came_after, live_of, withdrawal_line
 from routers.looks import labels_needed, next_look
-from serving.errors import UnknownTask
+from serving.errors import UnknownTask, WithdrawnMeanwhile
 from serving.exchange import Json
 from serving.log import LogReader
 from serving.releases import ReleaseStore
@@ -91,22 +92,27 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         policy = settings.for_task(task)
         kind = _kind(settings, policy)
         progress(f"{task}: reading the log")
-        exchanges = reader.exchanges(task).exchanges
+        live = live_of(settings, task)
+        fence = live.fence if live is not None else 0.0
+        exchanges = came_after(reader.exchanges(task).exchanges, fence)
         dataset = kind.dataset(exchanges)
-        waiting = not_due(dataset, journal.past(), policy)
+        waiting = not_due(dataset, journal.past(), policy, fence=fence)
         past: Mapping[str, Past] = {}
         if waiting is None:
             try:
                 past, dataset = kind.prepare(dataset, exchanges, progress)
             except (StudentSilent, ErasedMeanwhile) as error:
                 return Lesson(task, "held", f"no look was taken: {error}", len(dataset.rows))
-            waiting = not_due(dataset, journal.past(), policy)  # less may be left
+            waiting = not_due(dataset, journal.past(), policy, fence=fence)  # less may be left
         if waiting is not None:
             labels = len(dataset.rows)
             when = _waiting_time(dataset.rows, waiting.needed or 0)
             outcome = "declined" if waiting.declined else "not_due"
-            return Lesson(task, outcome, waiting.message + when, labels, waiting.needed)
-        return _look(settings, task, kind, dataset, past, journal, policy, progress)
+            message = waiting.message + when
+            if live is not None and live.release is None and live.withdrawals:
+                message += f". {withdrawal_line(live.withdrawals[-1])}; only labels from then on count"
+            return Lesson(task, outcome, message, labels, waiting.needed)
+        return _look(settings, task, kind, dataset, past, journal, policy, fence, progress)
 
 
 def _kind(settings: Settings, policy: TaskSettings) -> Kind:
@@ -127,6 +133,7 @@ def _look(
     past: Mapping[str, Past],
     journal: LookJournal,
     policy: TaskSettings,
+    fence: float,
     progress: Progress,
 ) -> Lesson:
     from distillation.report import report_card  # scikit-learn: imported only once a look is due
@@ -143,7 +150,7 @@ def _look(
     )
     card = report_card(look, dataset, policy, releases_so_far=len(store.list(task)))
     card |= kind.remarks(dataset, look)
-    release, outcome = None, "held"
+    release, outcome, too_late = None, "held", None
     if look.candidate is not None:
         # Also where it answers less than what is live: keeping the widest would keep the luckiest, since what it
         # answers is hardly labelled any more (docs/lab-notes.md).
@@ -151,15 +158,19 @@ def _look(
             "schema": CARD_SCHEMA,
             "created": time.time(),
             "redact": sorted(settings.log.redact),
+            "labels_since": fence or None,
             **card,
         }
         release, outcome = store.write(task, look.candidate.files(), card_on_disk), "released"
-        store.set_live(task, release)
+        try:
+            store.set_live(task, release, fence=fence)
+        except WithdrawnMeanwhile as error:
+            release, outcome, too_late = None, "held", str(error)
     journal.end(
         serial, number, labels, {"outcome": outcome, "release": release, "coverage": card["coverage"]}
     )
-    needed = labels_needed(journal.past(), policy.max_disagreement, policy.certainty)
-    message = _message(outcome, release, card, policy) + _waiting_time(dataset.rows, needed)
+    needed = labels_needed(journal.past(), policy.max_disagreement, policy.certainty, fence=fence)
+    message = too_late or _message(outcome, release, card, policy) + _waiting_time(dataset.rows, needed)
     return Lesson(task, outcome, message, labels, needed, release, card)
 
 

@@ -33,6 +33,7 @@ from gateway.parts import (
     make_tasks,
 )
 from gateway.reload import Generation, reloadable
+from gateway.watcher import Watcher
 from serving.disk import Disk
 from serving.settings import Settings
 
@@ -105,6 +106,7 @@ class Gateway:
         lasting.event_log.adopt(retention_days=settings.log.retention_days)
         keeper.adopt(
             new.parts.audits,
+            policy=new.parts.tasks.policy,
             deadline_s=audit_deadline_s(settings),
             interval_s=settings.learning.interval_s,
             retention_days=settings.log.retention_days,
@@ -185,6 +187,7 @@ class Gateway:
                 deadline_s=audit_deadline_s(settings),
                 interval_s=settings.learning.interval_s,
                 config_path=self._config_path,
+                watcher=Watcher(settings.state_dir, lasting.metrics, tasks.policy),
                 retention_days=settings.log.retention_days,
             )
             self._lasting, self._generation, self._keeper = lasting, generation, keeper

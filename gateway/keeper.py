@@ -1,4 +1,4 @@
-"""What must happen once, however many workers there are: sealing, retention, left-over audits, learning.
+"""What must happen once, however many workers there are: sealing, retention, left-over audits, the watch, learning.
 
 Every worker runs a keeper; the one that holds `flock(state_dir/keeper.lock)` works, the others wait for it
 to die. That is simpler than a process of its own: nothing has to be supervised, one worker is enough for
@@ -15,22 +15,26 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from gateway.audits import Audits
 from gateway.metrics import Metrics
 from gateway.tasks import OVERFLOW
+from gateway.watcher import Watcher
 from serving.audit_index import AuditIndex
 from serving.exchange import Exchange
 from serving.log import LogReader, seal_abandoned
 from serving.retention import remove_expired
+from serving.settings import TaskPolicy
 
 log = logging.getLogger("understudy.keeper")
 
 LOCK = "keeper.lock"
 _TRY_AGAIN_S = 1.0
 _LOOK_EVERY_S = 30.0
+_WATCH_EVERY_S = 2.0
 _BUSY_SHARE = 0.05
 _NICENESS = 10
 _STOP_WITHIN_S = 5.0
@@ -53,10 +57,12 @@ class Keeper:
         deadline_s: float,
         interval_s: float,
         config_path: Path | None,
+        watcher: Watcher,
         retention_days: float | None = None,
         look_every_s: float = _LOOK_EVERY_S,
     ) -> None:
         self._state_dir = state_dir
+        self._watcher = watcher
         self._audits = audits
         self._metrics = metrics
         self._reader = LogReader(state_dir)
@@ -72,10 +78,17 @@ class Keeper:
         self._interval_changed = asyncio.Event()
 
     def adopt(
-        self, audits: Audits, *, deadline_s: float, interval_s: float, retention_days: float | None
+        self,
+        audits: Audits,
+        *,
+        policy: Callable[[str], TaskPolicy],
+        deadline_s: float,
+        interval_s: float,
+        retention_days: float | None,
     ) -> None:
         """Go on by a reloaded configuration. A child that is learning isn't disturbed: its look is spent."""
         self._audits = audits
+        self._watcher.adopt(policy)
         self._deadline_s = deadline_s
         self._retention_days = retention_days
         if interval_s != self._interval_s:
@@ -90,6 +103,7 @@ class Keeper:
             log.info("this process (%d) is the keeper", os.getpid())
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._keep_house())
+                group.create_task(self._keep_watch())
                 group.create_task(self._keep_learning())
 
     async def _keep_house(self) -> None:
@@ -108,6 +122,15 @@ class Keeper:
                 log.exception("keeping house failed; trying again")
             # A long log takes long to read: look less often then.
             await asyncio.sleep(max(self._look_every_s, (time.monotonic() - began) / _BUSY_SHARE))
+
+    async def _keep_watch(self) -> None:
+        while True:
+            began = time.monotonic()
+            try:
+                await asyncio.to_thread(self._watcher.look)
+            except Exception:
+                log.exception("watching the live releases failed; trying again")
+            await asyncio.sleep(max(_WATCH_EVERY_S, (time.monotonic() - began) / _BUSY_SHARE))
 
     async def _keep_learning(self) -> None:
         while True:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
 from gateway import names
 from serving.exchange import Json, Route
+from serving.live import Cause
 
 NOWHERE = ""
 """The task and route of requests that were refused before they had one."""
@@ -121,6 +122,15 @@ class Metrics:
             names.METRIC_KEEPER_ROUND, "When the keeper last came round, in seconds since the epoch.", ()
         )
         self._learning = self._counter(names.METRIC_LEARNING, "Runs of `understudy learn`.", ("outcome",))
+        self._evidence = self._gauge(
+            names.METRIC_WATCH_EVIDENCE, "Evidence that the live release breaks its promise.", ("task",)
+        )
+        self._evidence_limit = self._gauge(
+            names.METRIC_WATCH_LIMIT, "The evidence at which the live release is withdrawn.", ("task",)
+        )
+        self._withdrawals = self._counter(
+            names.METRIC_WITHDRAWALS, "Releases that the watch has withdrawn.", ("task", "cause")
+        )
         self._request_series: dict[tuple[str, str, str, int], Counter] = {}
         self._duration_series: dict[tuple[str, str], Histogram] = {}
         self._spending_series: dict[tuple[str, str], tuple[Counter, Histogram, Counter]] = {}
@@ -281,6 +291,25 @@ class Metrics:
     def record_promise(self, task: str, max_disagreement: float) -> None:
         """Note what a task with a live release promises."""
         self._max_disagreement.labels(task).set(max_disagreement)
+
+    def record_watched(self, task: str) -> None:
+        """Note that a release is watched from now on: an alert on withdrawals needs a count to begin with."""
+        for cause in get_args(Cause):
+            self._withdrawals.labels(task, cause)
+
+    def record_evidence(self, task: str, evidence: float, limit: float) -> None:
+        """Note what the watch has against the live release, and how much is enough."""
+        self._evidence.labels(task).set(evidence)
+        self._evidence_limit.labels(task).set(limit)
+
+    def record_unwatched(self, task: str) -> None:
+        """Note that no release is live, and none is watched."""
+        self._evidence.labels(task).set(float("nan"))
+        self._evidence_limit.labels(task).set(float("nan"))
+
+    def record_withdrawal(self, task: str, cause: Cause) -> None:
+        """Count a release that the watch has withdrawn."""
+        self._withdrawals.labels(task, cause).inc()
 
     def record_keeper_round(self) -> None:
         """Note that the keeper did what must happen once."""

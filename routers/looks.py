@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from routers.promise import Promise
 
@@ -30,11 +30,15 @@ _ENOUGH_TO_ERR = 3
 
 @dataclass(frozen=True, slots=True)
 class PastLook:
-    """A look that was taken: its number since the last release, the labels it had, and whether it made a release."""
+    """A look that was taken: its number since the last release, the labels it had, and whether it made a release.
+
+    `at` is when, in seconds since the epoch.
+    """
 
     look: int
     labels: int
     released: bool
+    at: float = field(default=0.0, compare=False)
 
 
 def spent(look: int, delta: float) -> float:
@@ -47,14 +51,19 @@ def next_look(past: Sequence[PastLook]) -> int:
     return 1 if not past or past[-1].released else past[-1].look + 1
 
 
-def labels_needed(past: Sequence[PastLook], max_disagreement: float, certainty: float) -> int:
+def labels_needed(
+    past: Sequence[PastLook], max_disagreement: float, certainty: float, *, fence: float = 0.0
+) -> int:
     """How many labels the next look needs.
 
-    The first: enough for a level of 40 % to be able to pass. Later ones: `GROWTH` times those of the last.
+    The first: enough for a level of 40 % to be able to pass. Later ones: `GROWTH` times those of the last. Labels from
+    before `fence`, when a release was withdrawn, don't count any more, so that the first look after it is a first one
+    again. What looks have spent stays spent.
     """
-    if past:
-        return math.ceil(past[-1].labels * GROWTH)
-    first = Promise(max_disagreement, 1.0 - spent(1, 1.0 - certainty))
+    fresh = [look for look in past if look.at >= fence]
+    if fresh:
+        return math.ceil(fresh[-1].labels * GROWTH)
+    first = Promise(max_disagreement, 1.0 - spent(next_look(past), 1.0 - certainty))
     return math.ceil(first.least_accepted / _FIRST_COVERAGE)
 
 

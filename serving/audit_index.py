@@ -1,4 +1,4 @@
-"""The audits of a task's log: how many a release has had, and which are still owed. Reads only what is new."""
+"""The audits of a task's log: how many there were, which are owed, how they ended. Reads only what is new."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.audit_trail import Trail, put_together
 from serving.events import decode, fold
 from serving.exchange import Exchange
 from serving.removed import Removed, read_removed
@@ -22,10 +23,14 @@ class _Known:
 
 
 class AuditIndex:
-    """Knows the segments it has seen. For one thread at a time; raises what `segment_paths` does."""
+    """Knows the segments it has seen. For one thread at a time; raises what `segment_paths` does.
 
-    def __init__(self, state_dir: Path) -> None:
+    `trails`: whether to remember what `trail` tells, which takes memory.
+    """
+
+    def __init__(self, state_dir: Path, *, trails: bool = False) -> None:
         self._state_dir = state_dir
+        self._trails = trails
         self._known: dict[str, dict[str, _Known]] = {}
 
     def accepted(self, task: str, release: str) -> int:
@@ -47,6 +52,20 @@ class AuditIndex:
                 owed += _read(path, wanted)
         return owed
 
+    def trail(self, task: str, after: float) -> Trail:
+        """What the log tells the watch of the time after `after`, in seconds since the epoch.
+
+        Segments whose last event came before are forgotten: `after` must not go back. Raises ValueError for an index
+        that keeps no trails.
+        """
+        if not self._trails:
+            raise ValueError("this index keeps no trails")
+        found = self._look(task, read_removed(self._state_dir, task))
+        for known in found.values():
+            if known.digest.newest < after:
+                known.digest.trail = Trail()
+        return put_together(known.digest.trail for known in found.values())
+
     def _look(self, task: str, removed: Removed) -> dict[str, _Known]:
         before = self._known.get(task, {})
         found: dict[str, _Known] = {}
@@ -59,8 +78,7 @@ class AuditIndex:
         self._known[task] = found
         return found
 
-    @staticmethod
-    def _read(path: Path, known: _Known | None) -> _Known | None:
+    def _read(self, path: Path, known: _Known | None) -> _Known | None:
         """What a segment says; None if it is gone or can't be read."""
         for name in (path, path.with_name(path.name + OPEN_SUFFIX), path):
             try:
@@ -70,17 +88,22 @@ class AuditIndex:
                     return known
                 if known is not None and (known.stamp[0], name.suffix) == (stamp[0], OPEN_SUFFIX):
                     known.digest.read_on(name)  # an open segment only grows
-                    return _Known(stamp, known.digest)
+                    return self._known_of(stamp, known.digest)
                 if name == path:
-                    return _Known(stamp, digest_of(name))
+                    return self._known_of(stamp, digest_of(name))
                 digest = Digest()
                 digest.read_on(name)
-                return _Known(stamp, digest)
+                return self._known_of(stamp, digest)
             except FileNotFoundError:
                 continue
             except OSError:
                 return None
         return None
+
+    def _known_of(self, stamp: tuple[int, int, int], digest: Digest) -> _Known:
+        if not self._trails:
+            digest.trail = Trail()
+        return _Known(stamp, digest)
 
 
 def _read(path: Path, wanted: dict[str, tuple[int, int]]) -> list[Exchange]:

@@ -5,6 +5,7 @@ UnderstudyError
 ├── RecordingError         a recording can't be read
 ├── DamagedRelease         a release's files are missing or don't match their checksums
 ├── UnknownTask, UnknownRelease
+├── WithdrawnMeanwhile     a release was withdrawn while its successor was learned from labels of before
 ├── LearningElsewhere      another process is learning this task (distillation/journal.py)
 ├── StackError             a process that a replay started has died (loadtest/stack.py)
 ├── StudentUnavailable     a student took too long or is left alone (serving/guarded_student.py)
@@ -50,6 +51,10 @@ class UnknownTask(UnderstudyError):
 
 class UnknownRelease(UnderstudyError):
     """The task has no release of that name."""
+
+
+class WithdrawnMeanwhile(UnderstudyError):
+    """A release may not become live: its labels are from before the watch withdrew another."""
 
 
 class RequestError(UnderstudyError):

@@ -2,18 +2,19 @@
 
 - `state/tasks/<task>/releases/r0001/card.json`: what the release is, with checksums of its files and itself
 - `state/tasks/<task>/releases/r0001/…`: its files
-- `state/tasks/<task>/live`: {"release", "generation", "previous"}; replaced atomically
+- `state/tasks/<task>/live`: which one answers (serving.live); replaced atomically
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,15 @@ from pathlib import Path
 import orjson
 
 from serving.disk import Disk
-from serving.errors import DamagedRelease, UnknownRelease
+from serving.errors import DamagedRelease, UnknownRelease, WithdrawnMeanwhile
 from serving.exchange import Json
 from serving.layout import task_directory, task_names
+from serving.live import RELEASE_NAME, Cause, Live, Withdrawal, parse_live
 
 HELD_OUT_FILE = "held_out.json"
 """The file of a release that remembers, by the ids of its exchanges, what the release was fitted on."""
 
 _CARD = "card.json"
-_RELEASE = re.compile(r"r([0-9]{4,})")
 _FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)*[A-Za-z0-9_][A-Za-z0-9._-]*")
 _TEMPORARY = ".writing-"
 _REPLACED = ".replaced-"
@@ -44,19 +45,6 @@ class Release:
     name: str
     card: Json
     files: dict[str, bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Live:
-    """Which release answers; None: withdrawn, everything goes to the teacher.
-
-    `generation` grows with every change and is never used twice for a task. `previous` are the releases that
-    were live before and were followed by another one, newest first, at most 20: the way back for `rollback`.
-    """
-
-    release: str | None
-    generation: int
-    previous: list[str]
 
 
 class ReleaseStore:
@@ -182,7 +170,7 @@ class ReleaseStore:
             data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        live = _parse_live(data)
+        live = parse_live(data)
         if live is None:
             raise DamagedRelease(
                 f"{path} says {data[:60]!r}, which names no release; write it anew with: "
@@ -190,20 +178,35 @@ class ReleaseStore:
             )
         return live
 
-    def set_live(self, task: str, release: str | None) -> Live:
+    def set_live(self, task: str, release: str | None, *, fence: float | None = None) -> Live:
         """Make a release live; None withdraws, and the task's requests go to the teacher.
 
         The release is read first: an unknown or damaged one raises UnknownRelease or DamagedRelease and
-        changes nothing.
+        changes nothing. `fence` is `Live.fence` when its labels were read: if the watch has withdrawn a release since,
+        they are too old, and WithdrawnMeanwhile is raised.
         """
         if release is not None:
             self.read(task, release)
         with self._changing(task) as now:
+            if fence is not None and now.fence > fence:
+                raise WithdrawnMeanwhile(
+                    f"{release} was learned while {now.withdrawals[-1].release} was withdrawn: its labels came before"
+                )
             previous = list(now.previous)
             # A withdrawn release isn't a way back: rollback must not return to what was just taken away.
             if release is not None and now.release not in (None, release):
                 previous = [now.release or "", *previous]
-            return self._replace(task, Live(release, now.generation + 1, previous[:_MAX_PREVIOUS]))
+            since = now.since if release is not None and now.release == release else time.time()
+            return self._replace(task, now, release, previous[:_MAX_PREVIOUS], since)
+
+    def withdraw(self, task: str, live: Live, cause: Cause, said: str) -> Live | None:
+        """Take away what the watch found broken, and say why; None: it isn't `live` any more, and nothing changes."""
+        with self._changing(task) as now:
+            if live.release is None or now.generation != live.generation:
+                return None
+            taken = Withdrawal(live.release, cause, time.time(), said)
+            now = dataclasses.replace(now, withdrawals=[*now.withdrawals, taken])
+            return self._replace(task, now, None, now.previous, taken.at)
 
     def rollback(self, task: str) -> Live:
         """Go back to the release that was live before and is still intact; if there is none, withdraw.
@@ -222,8 +225,8 @@ class ReleaseStore:
                     self.read(task, release)
                 except (UnknownRelease, DamagedRelease):
                     continue
-                return self._replace(task, Live(release, now.generation + 1, now.previous[position + 1 :]))
-            return self._replace(task, Live(None, now.generation + 1, []))
+                return self._replace(task, now, release, now.previous[position + 1 :], time.time())
+            return self._replace(task, now, None, [], time.time())
 
     @contextmanager
     def _changing(self, task: str) -> Iterator[Live]:
@@ -238,12 +241,15 @@ class ReleaseStore:
                 now = Live(None, int(time.time()), [])
             yield now or Live(None, 0, [])
 
-    def _replace(self, task: str, live: Live) -> Live:
+    def _replace(
+        self, task: str, now: Live, release: str | None, previous: Sequence[str], since: float
+    ) -> Live:
+        """Write what comes after `now`."""
+        live = Live(release, now.generation + 1, list(previous), since, now.withdrawals)
         path = self._live(task)
         temporary = path.with_name(".live.writing")
         temporary.unlink(missing_ok=True)
-        content = {"release": live.release, "generation": live.generation, "previous": live.previous}
-        self._disk.write_file(temporary, orjson.dumps(content) + b"\n")
+        self._disk.write_file(temporary, live.dump() + b"\n")
         self._disk.rename(temporary, path)
         self._disk.sync_directory(path.parent)
         return live
@@ -286,13 +292,13 @@ class ReleaseStore:
         except (FileNotFoundError, NotADirectoryError):
             return ()
         names = {folder.name.removeprefix(_REPLACED) for folder in folders}
-        return tuple(sorted(filter(_RELEASE.fullmatch, names), key=lambda name: int(name[1:])))
+        return tuple(sorted(filter(RELEASE_NAME.fullmatch, names), key=lambda name: int(name[1:])))
 
     def _directory(self, task: str, release: str) -> Path:
         directory = self._releases(task) / release
         if not directory.is_dir():
             directory = self._releases(task) / f"{_REPLACED}{release}"  # for a moment, or since a writer died
-        if not _RELEASE.fullmatch(release) or not directory.is_dir():
+        if not RELEASE_NAME.fullmatch(release) or not directory.is_dir():
             known = ", ".join(self.names(task)) or "none yet"
             raise self._unknown(task, f"task {task} has no release {release!r}; it has: {known}")
         return directory
@@ -314,21 +320,6 @@ class ReleaseStore:
 def _checksum(card: Json) -> str:
     content = {name: value for name, value in card.items() if name != "checksum"}
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
-
-
-def _parse_live(data: bytes) -> Live | None:
-    try:
-        content = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return None
-    match content:
-        case {"release": None | str() as release, "generation": int(generation), "previous": list(previous)}:
-            names = [*previous, *([] if release is None else [release])]
-            if type(generation) is int and all(
-                isinstance(name, str) and _RELEASE.fullmatch(name) for name in names
-            ):
-                return Live(release, generation, previous)
-    return None
 
 
 @contextmanager

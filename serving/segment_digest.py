@@ -20,11 +20,12 @@ from pathlib import Path
 
 import orjson
 
+from serving.audit_trail import Trail
 from serving.events import decode
 from serving.exchange import SCHEMA, Json
 
 DIGEST_SUFFIX = ".digest"
-_VERSION = 1
+_VERSION = 2
 _WORTH_KEEPING_BYTES = 1 << 20
 """A smaller segment is read as fast as its digest is found."""
 
@@ -34,6 +35,11 @@ _ANSWERED = re.compile(
 )
 _AUDITED = (b'"audit":"pending"', b'"audit":"answered"', b'"audit":"missing"')
 _LATE = ("audited", "superseded", "cancelled")
+_TEACHER = b'"teacher":{"model":"'
+_NO_TEACHER = b'"teacher":null,"student":'
+_ROUTE = b'"route":"'
+_MODEL = re.compile(rb'"teacher":\{"model":"([^"\\]{1,200})"')
+_FINGERPRINT = re.compile(rb'"system_fingerprint":"([^"\\]{1,200})"')
 
 
 @dataclass(slots=True)
@@ -43,7 +49,7 @@ class Digest:
     `newest` is the time of the latest event, in seconds since the epoch (0: there is none). `audits` counts, by
     release, the exchanges a student answered and a coin picked. `owed` are those of them whose audit hasn't come to
     an end in this segment: id → (offset of the line, its length). `settled` are the ids of audits, retries and
-    cancellations whose exchange lies in another segment.
+    cancellations whose exchange lies in another segment. `trail` is for the watch.
     """
 
     size: int = 0
@@ -51,6 +57,7 @@ class Digest:
     audits: Counter[str] = field(default_factory=Counter)
     owed: dict[str, tuple[int, int]] = field(default_factory=dict)
     settled: set[str] = field(default_factory=set)
+    trail: Trail = field(default_factory=Trail)
 
     def read_on(self, path: Path) -> None:
         """Take in what was appended since. Raises OSError."""
@@ -72,6 +79,7 @@ class Digest:
         if known is not None:
             here.add(known[1].decode("utf-8", "replace"))
             self.newest = max(self.newest, float(known[2]))
+            self._see_teacher(line, float(known[2]))
             # The field stands there as it is; inside of a text its quotes would be escaped.
             if not any(mark in line for mark in _AUDITED):
                 return
@@ -85,6 +93,7 @@ class Digest:
             self.newest = max(self.newest, float(at))
         if event.get("event") in _LATE:
             late.add(id)
+            self._take_late(line, id, event)
         elif event.get("event") == "answered":
             here.add(id)
             self._count(id, event, len(line))
@@ -93,8 +102,38 @@ class Digest:
         release = audited_release(event)
         if release is not None:
             self.audits[release] += 1
+            self.trail.take_answered(event, release)
         if event.get("audit") == "pending":
             self.owed[id] = self.size, length
+
+    def _take_late(self, line: bytes, id: str, event: Json) -> None:
+        if event.get("event") != "audited":
+            self.trail.void.add(id)
+            return
+        self.trail.take_outcome(event)
+        if isinstance(at := event.get("at"), int | float):
+            self._see_teacher(line, float(at))
+
+    def _see_teacher(self, line: bytes, at: float) -> None:
+        """Note which teacher answered.
+
+        Of what looks like its name the last is the one: what the client wrote stands before it.
+        """
+        place = line.rfind(_TEACHER)
+        if place < line.rfind(_NO_TEACHER):
+            return
+        route = line.rfind(_ROUTE, 0, place) + len(_ROUTE)
+        model = _MODEL.match(line, place) if place >= 0 else None
+        if model is None or line.startswith(b"cache", route):
+            return  # a replayed answer says who the teacher was then
+        fingerprint = None
+        for found in _FINGERPRINT.finditer(line, place):
+            fingerprint = _text(found[1])
+        self.trail.take_teacher(at, _text(model[1]), fingerprint)
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "replace")
 
 
 def audited_release(event: Json) -> str | None:
@@ -135,6 +174,7 @@ def _dump(digest: Digest, stamp: list[int]) -> bytes:
             "audits": dict(digest.audits),
             "owed": digest.owed,
             "settled": sorted(digest.settled),
+            "trail": digest.trail.to_json(),
         }
     )
     return b"%08x" % zlib.crc32(body) + body
@@ -154,6 +194,7 @@ def _load(data: bytes, stamp: list[int]) -> Digest:
         audits=Counter(found["audits"]),
         owed={id: (offset, length) for id, (offset, length) in found["owed"].items()},
         settled=set(found["settled"]),
+        trail=Trail.from_json(found["trail"]),
     )
 
 

@@ -166,6 +166,9 @@ def exposed() -> Iterator[tuple[str, set[str]]]:
     metrics.record_retry("answered")
     metrics.record_live("t", "r0001", None, 0.5)
     metrics.record_promise("t", 0.05)
+    metrics.record_watched("t")
+    metrics.record_evidence("t", 1.5, 10.0)
+    metrics.record_withdrawal("t", "disagreement")
     metrics.record_keeper_round()
     metrics.record_learning("ended")
     for family in text_string_to_metric_families(metrics.exposition().decode()):

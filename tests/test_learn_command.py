@@ -45,7 +45,7 @@ max_disagreement = 0.1
     return start
 
 
-def test_the_whole_loop(run: Make, write_log: Make, exchanges: Make) -> None:
+def test_the_whole_loop(run: Make, write_log: Make, exchanges: Make, tmp_path: Path) -> None:
     write_log(exchanges(TEXTS))
     assert "a look is due" in " ".join(run("tasks").stdout.split())
     said = run("learn", "--task", "intents").stdout
@@ -58,10 +58,19 @@ def test_the_whole_loop(run: Make, write_log: Make, exchanges: Make) -> None:
     assert summary["cost_usd"] == pytest.approx(0.09)
     assert run("rollback", "intents").stdout == "intents: the teacher alone is live (generation 2)\n"
     assert run("promote", "intents", "r0001").stdout == "intents: r0001 is live (generation 3)\n"
+    store = ReleaseStore(tmp_path / "state")
+    live = store.live("intents")
+    assert live is not None
+    assert store.withdraw("intents", live, "disagreement", "9 of 20 audits disagreed") is not None
+    assert "r0001 was withdrawn on" in run("tasks").stdout
+    again = run("promote", "intents", "r0001")
+    assert again.stdout == "intents: r0001 is live (generation 5)\n"
+    assert again.stderr.startswith("WARNING: r0001 was withdrawn on")
+    assert "9 of 20 audits disagreed" in again.stderr
     said = orjson.loads(run("rollback", "intents", "--json").stdout)
-    assert said == {"task": "intents", "release": None, "generation": 4}
+    assert said == {"task": "intents", "release": None, "generation": 6}
     said = orjson.loads(run("promote", "intents", "r0001", "--json").stdout)
-    assert said == {"task": "intents", "release": "r0001", "generation": 5}
+    assert said == {"task": "intents", "release": "r0001", "generation": 7}
 
 
 def test_promote_and_rollback_between_releases(run: Make, publish: Make, tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import orjson
 import pytest
 
 from serving.errors import DamagedRelease, UnknownRelease, UnknownTask
-from serving.releases import Live, ReleaseStore
+from serving.live import Live
+from serving.releases import ReleaseStore
 
 FILES = {
     "student.npz": b"\x00\x01weights" * 100,
@@ -254,4 +256,6 @@ def test_two_processes_promote_at_the_same_time(store: ReleaseStore, tmp_path: P
 def test_the_live_file_is_what_the_documents_say(store: ReleaseStore, tmp_path: Path) -> None:
     store.set_live("t", store.write("t", {}, {}))
     content = orjson.loads((tmp_path / "tasks/t/live").read_bytes())
-    assert content == {"release": "r0001", "generation": 1, "previous": []}
+    since = content.pop("since")
+    assert time.time() - 60 < since <= time.time()
+    assert content == {"release": "r0001", "generation": 1, "previous": [], "withdrawals": []}
