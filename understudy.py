@@ -306,6 +306,12 @@ def evaluate(
             help="A recording to judge by too: CSV or JSONL with columns text, teacher and, if known, gold."
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a page with the plots to this file (needs the extra `report`).", metavar="FILE"
+        ),
+    ] = None,
     config: _Config = None,
     json: _AsJson = False,
 ) -> None:
@@ -315,14 +321,18 @@ def evaluate(
     """
     from distillation.console import print_json, progress_line
     from distillation.evaluate import evaluate as evaluate_release
+    from distillation.evaluation_file import page_writer
     from distillation.evaluation_table import print_evaluation
     from serving.configuration import load_settings
     from serving.recording import read_recording
 
     settings = load_settings(config)
+    write_page = page_writer() if html is not None else None  # what is missing for it is said at once
     recording = read_recording(file) if file is not None else None
     with progress_line(json, "evaluating") as progress:
         evaluation = evaluate_release(settings, task, release, recording, progress=progress)
+    if write_page is not None and html is not None:
+        write_page(evaluation, html)
     if json:
         print_json(evaluation.to_json())
     else:

@@ -12,6 +12,7 @@ from distillation.evaluation_words import (
     day,
     measures,
     plain,
+    printable,
     promise_in_words,
     releases_in_words,
     rules,
@@ -28,8 +29,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
     console = Console(highlight=False)
     state = "live" if evaluation.live else "not live"
     console.print(
-        f"[bold]{evaluation.task} {evaluation.release}[/bold] ({state}), student {escape(evaluation.student)}, "
-        f"made {day(evaluation.created)}"
+        f"[bold]{evaluation.task} {evaluation.release}[/bold] ({state}), "
+        f"student {escape(printable(evaluation.student))}, made {day(evaluation.created)}"
     )
     console.print(f"promise: {promise_in_words(evaluation)}")
     console.print(f"audits: {verdict(evaluation)}")
@@ -48,7 +49,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for what, answers in rules(evaluation):
         console.print(f"{what}: {escape(', '.join(answers))}")
     for note in evaluation.notes:
-        console.print(f"note: {escape(note)}")
+        console.print(f"note: {escape(printable(note))}")
 
 
 def _measures(evaluation: Evaluation) -> Table:

@@ -34,16 +34,21 @@ def day(seconds: float | None) -> str:
     return "unknown" if seconds is None else time.strftime("%Y-%m-%d", time.gmtime(seconds))
 
 
+def printable(text: str) -> str:
+    """Text without characters that control a terminal or turn the direction of writing."""
+    return "".join(character if character.isprintable() else "·" for character in text)
+
+
 def plain(text: str) -> str:
-    """A model's answer on one line: no control characters, and not longer than what a table can take."""
-    line = "".join(character if character.isprintable() else "·" for character in text)
+    """A model's answer on one line, not longer than what a table can take."""
+    line = printable(text)
     return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
 
 
 def promise_in_words(evaluation: Evaluation) -> str:
     """What the release promised."""
     made = evaluation.promise
-    return f"at most {percent(made.max_disagreement)} disagreement, {made.certainty:.0%} certain"
+    return f"at most {percent(made.max_disagreement)} disagreement, {100.0 * made.certainty:g} % certain"
 
 
 def verdict(evaluation: Evaluation) -> str:

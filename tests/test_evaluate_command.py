@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,7 @@ def run(state: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProces
 def test_the_table(run: Make) -> None:
     said = run("intents").stdout
     assert said.startswith("intents r0001 (live), student linear, made unknown\n")
-    assert "at most 5.0 % disagreement, 90% certain" in said
+    assert "at most 5.0 % disagreement, 90 % certain" in said
     assert "not audited yet" in said
     assert '</style><script>alert("x")</script>[bold]' in said, "markup is text"
     assert "\x1b" not in said
@@ -79,6 +80,38 @@ def test_a_recording(run: Make, tmp_path: Path) -> None:
     found = orjson.loads(run("intents", "--release", "r0001", "--file", "dev.csv", "--json").stdout)
     assert found["recording"]["accuracy"]["student"]["value"] == 0.5
     assert "right: teacher" in run("intents", "--file", "dev.csv").stdout
+
+
+def test_the_page(run: Make, tmp_path: Path) -> None:
+    run("intents", "--html", "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;" in page
+    assert [path.name for path in tmp_path.iterdir() if "writing" in path.name] == []
+    said = run("intents", "--html", "nowhere/page.html", code=2).stderr
+    assert "No such file or directory" in said
+
+
+def test_without_matplotlib(run: Make, tmp_path: Path, state: Path) -> None:
+    without = tmp_path / "without"
+    without.mkdir()
+    (without / "matplotlib.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'matplotlib'\", name='matplotlib')"
+    )
+    done = subprocess.run(
+        command("evaluate", "intents", "--html", "page.html"),
+        cwd=tmp_path,
+        env={**environment(), "PYTHONPATH": f"{without}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "understudy: the page's plots need matplotlib, which isn't installed: pip install"
+    )
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_what_isnt_there(run: Make, tmp_path: Path, state: Path) -> None:

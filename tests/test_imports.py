@@ -25,6 +25,7 @@ PLANTED = {
     "ready": ("gateway/names.py", "routers.logistic"),
     "client-library": ("serving/layout.py", "openai"),
     "traces": ("gateway/names.py", "opentelemetry"),
+    "plots": ("serving/layout.py", "matplotlib"),
     "heavy": ("serving/sse.py", "torch"),
 }
 """For each contract of pyproject.toml an import that breaks it and no other."""

@@ -1,0 +1,37 @@
+"""The page of an evaluation as a file; what it takes may not be installed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from distillation.evaluation import Evaluation
+from serving.errors import UnderstudyError
+
+
+def page_writer() -> Callable[[Evaluation, Path], None]:
+    """What writes an evaluation's page to a file, whole or not at all.
+
+    Raises UnderstudyError where matplotlib isn't installed, and the writer OSError as the disk does.
+    """
+    try:
+        from distillation.evaluation_page import evaluation_page
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise UnderstudyError(
+            "the page's plots need matplotlib, which isn't installed: pip install 'understudy[report]'; "
+            "tables and --json need nothing"
+        ) from error
+
+    def write(evaluation: Evaluation, path: Path) -> None:
+        page = evaluation_page(evaluation)
+        temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+        try:
+            temporary.write_text(page, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    return write
