@@ -144,7 +144,6 @@ class StudentTurn:
         """
         generation = Generation(stream)
         forced = turn.arrival.route == STUDENT
-        needed = _is_needed(turn)
         # What was cut off here is counted neither for nor against the release: how busy a machine is must not decide
         # what counts.
         limit_s = generation.hold_back_s if turn.chat.stream else release.student.patience_s
@@ -155,10 +154,10 @@ class StudentTurn:
                     release.router,
                     release.comparison,
                     commits=turn.chat.stream,
-                    may_stop=not (forced or needed),
+                    may_stop=not forced,
                 )
             failed = False
-            goes_on = not generation.over and (forced or decision.accepted or needed)
+            goes_on = not generation.over and (forced or decision.accepted or _is_needed(turn))
         except BaseException as error:
             goes_on = False
             failed = isinstance(error, TimeoutError)

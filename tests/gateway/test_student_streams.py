@@ -191,13 +191,15 @@ def test_an_escalation_is_invisible_and_stops_the_student(live: Start, eventuall
     assert made.running.metric("understudy_time_to_first_token_seconds_count", route="teacher") == 1
 
 
-def test_an_audited_generation_is_never_cut_short(live: Start, eventually: Start) -> None:
-    made = live(student={"latency_ms": 0, "tokens_per_s": 40}, task={"audit_rate": 1.0}, stop_below=0.0)
-    began = time.monotonic()
+@pytest.mark.parametrize(("stop_below", "reason"), [(None, "low_confidence"), (0.0, "stopped_early")])
+def test_an_audited_generation_is_never_cut_short(
+    live: Start, eventually: Start, stop_below: float | None, reason: str
+) -> None:
+    made = live(student={"latency_ms": 0, "tokens_per_s": 12}, task={"audit_rate": 1.0}, stop_below=stop_below)
     said, headers, _ = made.stream("refund")
     assert said == TEACHER["refund"]
-    assert headers["x-understudy-reason"] == "low_confidence"
-    assert time.monotonic() - began < 0.5, "nobody waits for the rest of it: 23 chunks take 0.6 s"
+    assert headers["x-understudy-reason"] == reason, "the coin changes nothing that the client sees"
+    assert made.student_stats()["answered"] == 0, "nobody waits for the rest of it, which takes another second"
     eventually(lambda: made.running.exchanges()[0].student.complete)
     (exchange,) = made.running.exchanges()
     assert exchange.student.choices[0]["message"]["content"] == UNSURE
@@ -291,7 +293,7 @@ def test_the_first_token_is_late_by_the_hold_back_at_most(
             assert said == TEACHER["refund"]
             assert headers["x-understudy-route"] == "teacher"
             with_student.append(first_s)
-    assert min(with_student) <= min(alone) + hold_back_s + 0.05, (with_student, alone)
+    assert min(with_student) <= min(alone) + hold_back_s + 0.15, (with_student, alone)
     slow = [exchange for exchange in made.running.exchanges() if exchange.reason == "student_slow"]
     assert not any(exchange.eligible for exchange in slow), (
         "how busy a machine is must not decide what counts"
@@ -427,7 +429,7 @@ def test_a_client_that_leaves_stops_the_student_within_100_ms(
     asked = orjson.dumps(body(text, stream=True, temperature=0 if shared else 1))
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(asked)}\r\n\r\n".encode()
     took: list[float] = []
-    while len(took) < 5 and min(took, default=1.0) >= 0.1:
+    while len(took) < 10 and min(took, default=1.0) >= 0.1:
         gone, asked_before = made.student_stats()["disconnected"], made.student_stats()["chat"]
         with socket.create_connection(("127.0.0.1", int(made.running.url.rpartition(":")[2]))) as client:
             client.sendall(head + asked)

@@ -242,11 +242,14 @@ def test_a_stream_that_is_closed_early_has_what_had_come(url: str) -> None:
 
     async def begun() -> StudentAnswer:
         stream = student.stream(asking("sure"))
+        assert not student.busy
         async for piece in stream:
             if piece.checkpoints:
                 break
+        assert student.busy
         await stream.aclose()
         await stream.aclose()
+        assert not student.busy
         await student.aclose()
         return stream.answer()
 
