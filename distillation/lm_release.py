@@ -32,6 +32,7 @@ def student_id(plan: LmPlan, redact: Sequence[str]) -> str:
         "marks": plan.marks,
         "max_tokens": plan.max_tokens,
         "top_logprobs": plan.top_logprobs,
+        "samples": plan.samples,
         "redact": sorted(redact),
     }
     return hashlib.sha256(orjson.dumps(asked)).hexdigest()[:16]

@@ -20,6 +20,7 @@ from serving.chat import completion
 from serving.errors import RequestError, UnderstudyError, UpstreamBroken, UpstreamError
 from serving.exchange import Json
 from serving.guarded_student import StudentUnavailable
+from serving.lm_stream import StudentRefused
 from serving.student import StudentStream
 from serving.teacher import Chunk
 
@@ -49,15 +50,7 @@ class StudentTurn:
             seen = self._ledger.seen(turn.chat.body)
             feature = release.student.unsupported(seen)
             if feature is not None:
-                # It counts: the teacher answers for certain, and a student that sees more may be learned from it.
-                if forced:
-                    raise RequestError(
-                        f"{names.ROUTE_HEADER}: student was asked for, but the student of task {turn.task} "
-                        f"doesn't support this request ({feature})",
-                        param=names.ROUTE_HEADER,
-                        code="unsupported",
-                    )
-                return f"{names.REASON_UNSUPPORTED}:{feature}"
+                return _unsupported(turn, feature)
             stream = release.student.stream(seen)
             if stream is None:
                 answer = await release.student.answer(seen)
@@ -68,6 +61,8 @@ class StudentTurn:
                 decision = await self._judged(turn, release, stream)
         except RequestError:
             raise
+        except StudentRefused:
+            return _unsupported(turn, "refused")
         except Exception as error:
             return self._failed(turn, release, error)
         finally:
@@ -275,6 +270,21 @@ class CommittedStream:
         if turn.chat.wants_usage or usage is not None:
             data["usage"] = usage
         return data
+
+
+def _unsupported(turn: Turn, feature: str) -> str:
+    """Return the reason why the teacher answers. Raises RequestError for a client that wants the student.
+
+    It counts: the teacher answers for certain, and a student that sees more may be learned from it.
+    """
+    if turn.arrival.route == STUDENT:
+        raise RequestError(
+            f"{names.ROUTE_HEADER}: student was asked for, but the student of task {turn.task} "
+            f"doesn't support this request ({feature})",
+            param=names.ROUTE_HEADER,
+            code="unsupported",
+        )
+    return f"{names.REASON_UNSUPPORTED}:{feature}"
 
 
 def _is_needed(turn: Turn) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from routers.signals import TokenSignals, answer_signals
+from routers.signals import TokenSignals, answer_signals, request_signals, sample_signals
+from serving.chat import last_user_text
 from serving.exchange import Json
 
 
@@ -34,5 +35,14 @@ class TokenMeter:
         known = self._tokens.signals(tokens)
         if not known or not choices:
             return {}
-        choice = choices[0]
-        return known | answer_signals(choice["message"], choice["finish_reason"], self._request)
+        return known | self._form(choices)
+
+    def sampled(self, choices: list[Json], drawn: list[str]) -> dict[str, float]:
+        """The signals of an answer by others `drawn` to the same request, in the form they are compared in."""
+        if not choices:
+            return {}
+        asked = request_signals(last_user_text(self._request) or "")
+        return asked | sample_signals(drawn) | self._form(choices)
+
+    def _form(self, choices: list[Json]) -> dict[str, float]:
+        return answer_signals(choices[0]["message"], choices[0]["finish_reason"], self._request)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from serving.breaker import Breaker
 from serving.errors import UnderstudyError
 from serving.exchange import Json, StudentAnswer
+from serving.lm_stream import StudentRefused
 from serving.student import CommitPlan, Piece, Student, StudentStream
 
 
@@ -45,6 +46,9 @@ class GuardedStudent:
         except TimeoutError:
             breaker.failed(ticket)
             raise StudentUnavailable(f"it gave no answer within {self.patience_s:g} s") from None
+        except StudentRefused:
+            breaker.succeeded(ticket)  # the request's fault
+            raise
         except Exception:
             breaker.failed(ticket)
             raise
@@ -95,6 +99,9 @@ class _GuardedStream:
         except TimeoutError:
             self._report(well=False)
             raise StudentUnavailable(f"it fell silent for {self._patience_s:g} s") from None
+        except StudentRefused:
+            self._report(well=True)
+            raise
         except Exception:
             self._report(well=False)
             raise

@@ -18,6 +18,8 @@ from serving.exchange import Json, StudentAnswer
 from serving.lm_plan import LmPlan
 from serving.lm_stream import LmStream, StudentBroken, StudentRefused
 from serving.logprobs import may_be_about_logprobs
+from serving.sampled_stream import SampledStream
+from serving.student import StudentStream
 from serving.tally import Metering, Tally
 from serving.upstream import Headers, StaleConnection, Upstream, UpstreamResponse
 
@@ -43,7 +45,12 @@ class LmStudent:
     streams = True
 
     def __init__(
-        self, plan: LmPlan, upstream: Upstream, metering: Metering, *, key: str | None = None
+        self,
+        plan: LmPlan,
+        upstream: Upstream,
+        metering: Metering,
+        *,
+        key: str | None = None,
     ) -> None:
         self.plan = plan
         self.patience_s = plan.timeout_s
@@ -82,11 +89,20 @@ class LmStudent:
             await stream.aclose()
         return stream.answer()
 
-    def stream(self, request: Json) -> LmStream:
+    def stream(self, request: Json) -> StudentStream:
         """The same while it is made: from the beginning of the iteration on."""
+        answer = self._begun(request, drawn=False)
+        if not self.plan.samples:
+            return answer
 
+        def draw() -> list[LmStream]:
+            return [self._begun(request, drawn=True) for _ in range(self.plan.samples)]
+
+        return SampledStream(answer, draw, self._metering(request))
+
+    def _begun(self, request: Json, *, drawn: bool) -> LmStream:
         async def ask() -> UpstreamResponse:
-            response = await self._ask(request)
+            response = await self._ask(request, drawn=drawn)
             self._open.add(stream)
             response.on_close = lambda: self._open.discard(stream)
             return response
@@ -99,23 +115,23 @@ class LmStudent:
         """Close every connection."""
         await self._upstream.aclose()
 
-    async def _ask(self, request: Json) -> UpstreamResponse:
+    async def _ask(self, request: Json, *, drawn: bool) -> UpstreamResponse:
         """Send a request; without log-probabilities from the time on that the server has refused to give them."""
-        has_logprobs = self._has_logprobs
+        has_logprobs = self._has_logprobs and not self.plan.samples
         try:
-            return await self._sent(request, logprobs=has_logprobs)
+            return await self._sent(self._body(request, logprobs=has_logprobs, drawn=drawn))
         except UpstreamRefused as error:
             if not (has_logprobs and may_be_about_logprobs(error)):
                 raise _refusal(error, self._upstream.place) from None
         try:
-            response = await self._sent(request, logprobs=False)
+            response = await self._sent(self._body(request, logprobs=False, drawn=drawn))
         except UpstreamRefused as error:
             raise _refusal(error, self._upstream.place) from None
         self._has_logprobs = False
         return response
 
-    async def _sent(self, request: Json, *, logprobs: bool) -> UpstreamResponse:
-        body = orjson.dumps(self._body(request, logprobs=logprobs))
+    async def _sent(self, asked: Json) -> UpstreamResponse:
+        body = orjson.dumps(asked)
         try:
             response = await self._upstream.request("POST", _CHAT, headers=self._headers, body=body)
         except StaleConnection:
@@ -125,15 +141,17 @@ class LmStudent:
         async with response:
             raise UpstreamRefused(response.status, dict(response.headers), await response.read())
 
-    def _body(self, request: Json, *, logprobs: bool) -> Json:
+    def _body(self, request: Json, *, logprobs: bool, drawn: bool) -> Json:
         asked: Json = {name: request[name] for name in _PASSED_ON if request.get(name) is not None}
         asked |= {
             "model": self.plan.model,
-            "temperature": 0,
+            "temperature": int(drawn),
             "max_tokens": self._limit(request),
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if drawn:
+            asked.pop("seed", None)  # all of them would be the same
         if logprobs:
             asked |= {"logprobs": True, "top_logprobs": self.plan.top_logprobs}
         return asked

@@ -20,6 +20,7 @@ from serving.settings import StudentChoice
 SCHEMA = 1
 PLAN_FILE = "student.json"
 
+_MOST_SAMPLES = 20
 _MOST_TOP_LOGPROBS = 20
 
 
@@ -32,6 +33,8 @@ class LmPlan:
     comes first. `stop_below` is the rank below which a generation is given up at a checkpoint before that (None:
     never). A streamed request waits `hold_back_s` seconds at most for the judgement; `timeout_s` bounds a whole
     answer, and every silence. `max_tokens` bounds an answer; `top_logprobs` alternatives of each token are asked for.
+    With `samples`, for servers that give no log-probabilities, so many more answers are drawn to tell how sure it is
+    (`serving.sampled_stream`), and there are no checkpoints.
     """
 
     base_url: str
@@ -44,6 +47,7 @@ class LmPlan:
     timeout_s: float = 30.0
     max_tokens: int = 1024
     top_logprobs: int = 5
+    samples: int = 0
 
     @classmethod
     def of(cls, choice: StudentChoice) -> LmPlan:
@@ -63,6 +67,7 @@ class LmPlan:
             timeout_s=choice.timeout_s,
             max_tokens=choice.max_tokens,
             top_logprobs=choice.top_logprobs,
+            samples=choice.samples,
         )
 
     @property
@@ -113,6 +118,7 @@ class LmPlan:
             "hold_back_s": _number(self.hold_back_s) and self.hold_back_s > 0,
             "timeout_s": _number(self.timeout_s) and self.timeout_s > 0,
             "max_tokens": _count(self.max_tokens),
+            "samples": type(self.samples) is int and 0 <= self.samples <= _MOST_SAMPLES,
             "top_logprobs": type(self.top_logprobs) is int and 0 <= self.top_logprobs <= _MOST_TOP_LOGPROBS,
         }
         return next((name for name, fits in sound.items() if not fits), None)

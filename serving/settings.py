@@ -311,6 +311,12 @@ class StudentChoice(Section):
     timeout_s: float = Field(30.0, gt=0, description="of `lm`: deadline of an answer, and of every silence")
     max_tokens: int = Field(1024, ge=1, description="of `lm`: bound of an answer; the client's may be lower")
     top_logprobs: int = Field(5, ge=0, le=20, description="of `lm`: alternatives to ask for of each token")
+    samples: int = Field(
+        0,
+        ge=0,
+        le=20,
+        description="of `lm`: more answers to draw for each, to tell how sure it is without log-probabilities",
+    )
     trained_until: AwareDatetime | None = Field(
         None, description="of `lm`: what was logged until then, the model may have been trained on"
     )

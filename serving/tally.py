@@ -32,6 +32,10 @@ class Meter(Protocol):
         """The signals of the answer as it is now. `tokens` is how many the server says there are, if it does."""
         ...
 
+    def sampled(self, choices: list[Json], drawn: list[str]) -> dict[str, float]:
+        """The signals of an answer by others `drawn` to the same request, in the form they are compared in."""
+        ...
+
 
 Metering = Callable[[Json], Meter]
 """Makes the meter of an answer to a request."""

@@ -195,11 +195,15 @@ def test_an_escalation_is_invisible_and_stops_the_student(live: Start, eventuall
 def test_an_audited_generation_is_never_cut_short(
     live: Start, eventually: Start, stop_below: float | None, reason: str
 ) -> None:
-    made = live(student={"latency_ms": 0, "tokens_per_s": 12}, task={"audit_rate": 1.0}, stop_below=stop_below)
+    made = live(
+        student={"latency_ms": 0, "tokens_per_s": 12}, task={"audit_rate": 1.0}, stop_below=stop_below
+    )
     said, headers, _ = made.stream("refund")
     assert said == TEACHER["refund"]
     assert headers["x-understudy-reason"] == reason, "the coin changes nothing that the client sees"
-    assert made.student_stats()["answered"] == 0, "nobody waits for the rest of it, which takes another second"
+    assert made.student_stats()["answered"] == 0, (
+        "nobody waits for the rest of it, which takes another second"
+    )
     eventually(lambda: made.running.exchanges()[0].student.complete)
     (exchange,) = made.running.exchanges()
     assert exchange.student.choices[0]["message"]["content"] == UNSURE
@@ -350,6 +354,30 @@ def test_a_failure_after_the_commit_point_is_an_error_and_never_an_end(live: Sta
     assert made.running.exchanges() == [], "what broke off is no answer"
     assert made.running.metric("understudy_cost_usd_total", route="student") > 0
     assert made.running.metric("understudy_requests_total", route="student", code="502") == 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_the_students_server_refuses_is_unsupported_and_counts(live: Start, stream: bool) -> None:
+    made = live()
+    made.fail_student({"status": 413})
+    for _ in range(12):
+        raw = made.running.post(json=body("where", stream=stream))
+        assert raw.headers["x-understudy-reason"] == "unsupported:refused"
+    assert made.student_stats()["chat"] == 12, "its server is well: it isn't left alone"
+    exchanges = made.running.exchanges()
+    assert all(exchange.eligible and exchange.propensity == 1.0 for exchange in exchanges)
+    forced = made.running.post(json=body("where", stream=stream), headers={"x-understudy-route": "student"})
+    assert forced.status_code == 400
+
+
+def test_a_sampled_answer_is_judged_whole_also_where_it_is_streamed(live: Start) -> None:
+    made = live(samples=4)
+    assert made.stream("where")[0] == SURE
+    (exchange,) = made.running.exchanges()
+    assert exchange.student.complete
+    assert exchange.student.checkpoints == []
+    assert exchange.student.signals["sample_share"] == 1.0
+    assert made.student_stats()["chat"] == 5
 
 
 def test_a_student_that_keeps_failing_is_left_alone(live: Start) -> None:

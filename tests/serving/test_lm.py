@@ -91,6 +91,70 @@ def test_a_server_without_log_probabilities_answers_but_isnt_trusted(url: str) -
     assert [checkpoint["score"] for checkpoint in answer.checkpoints] == [-math.inf, -math.inf]
 
 
+@pytest.fixture
+def moody(serve: Start) -> str:
+    """A student's server that answers `split` with this and that in turn, and gives no log-probabilities."""
+    rows = [Recorded("split", text) for text in ("late", "lost", "late", "late", "lost", "late")]
+    recording = Recording(Path("student.csv"), (*rows, Recorded("sure", "late")))
+    return f"{serve(create_stand_in(recording), http=StandInHttp)}/v1"
+
+
+def test_without_log_probabilities_answers_drawn_at_random_tell_how_sure_it_is(moody: str) -> None:
+    sure = ask(LmStudent.of(plan(moody, samples=5), TokenMeter), asking("sure", stream=True))
+    split = ask(LmStudent.of(plan(moody, samples=5), TokenMeter), asking("split"))
+    assert (sure.complete, sure.checkpoints) == (True, [])
+    assert sure.score == pytest.approx(math.log(5.5 / 0.5))
+    assert (sure.signals["sample_share"], sure.signals["sample_entropy"]) == (1.0, 0.0)
+    assert (sure.signals["valid"], sure.signals["request_letters"]) == (1.0, 1.0)
+    # Whichever of the six was the answer itself: four say one thing, two the other.
+    assert ExactComparison().key(split.choices) in ("late", "lost")
+    agreeing = 3 if ExactComparison().key(split.choices) == "late" else 1
+    assert split.score == pytest.approx(math.log((agreeing + 0.5) / (5.5 - agreeing)))
+    assert split.signals["sample_share"] < 1.0
+
+
+def test_drawn_answers_are_asked_for_at_temperature_1_and_the_answer_at_0(serve: Start) -> None:
+    server = Server(WHOLE)
+    ask(LmStudent.of(plan(f"{serve(server)}/v1", samples=3), TokenMeter), asking("a", seed=7))
+    assert sorted((asked["temperature"], asked.get("seed")) for asked in server.asked if "seed" in asked) == [
+        (0, 7)
+    ]
+    assert [asked["temperature"] for asked in server.asked if "seed" not in asked] == [1, 1, 1]
+    assert not any("logprobs" in asked for asked in server.asked)
+
+
+def test_one_that_cant_be_drawn_spoils_the_answer(serve: Start) -> None:
+    class Refusing(Server):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "http" and len(self.asked) == 2:
+                self._status = 503
+            await super().__call__(scope, receive, send)
+
+    server = Refusing(WHOLE)
+    with pytest.raises(UpstreamBroken, match="status 503"):
+        ask(LmStudent.of(plan(f"{serve(server)}/v1", samples=3), TokenMeter), asking("a"))
+
+
+def test_a_sampled_answer_that_is_closed_early_stops_all_of_them(serve: Start) -> None:
+    server = Server(chunk("la", -0.1), hangs=True)
+    student = LmStudent.of(plan(f"{serve(server)}/v1", samples=3), TokenMeter)
+
+    async def begun() -> StudentAnswer:
+        stream = student.stream(asking("a"))
+        async for _ in stream:
+            break
+        while len(server.asked) < 4:  # noqa: ASYNC110 - another thread's server tells by a list
+            await asyncio.sleep(0.01)
+        await stream.aclose()
+        assert not student.busy
+        await student.aclose()
+        return stream.answer()
+
+    answer = asyncio.run(begun())
+    assert not answer.complete
+    assert (answer.score, answer.signals) == (-math.inf, {})
+
+
 class Server:
     """Answers with `status`, `kind` and `body`; keeps what it was asked. Refuses log-probabilities if told to."""
 
@@ -315,6 +379,7 @@ def test_a_release_keeps_the_plan() -> None:
         {"timeout_s": -1},
         {"max_tokens": 1.5},
         {"top_logprobs": 21},
+        {"samples": -1},
         {"api_key_env": 1},
         {"commit_tokens": None},
     ],
