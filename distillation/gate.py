@@ -13,16 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from distillation.ahead import Ahead
 from distillation.cross_fit import cross_fit
 from distillation.dataset import Dataset
+from distillation.foreseeing import Foreseeing
 from distillation.hopeless import Early, Hopeless, find_hopeless
 from distillation.past import Past, PastRelease, propensity_of
 from distillation.scored import Scored
 from routers.admission import AnswerTerms, Verdict, admit
 from routers.confidence_fit import ConfidenceEstimator, held_out_ranks
+from routers.foresight_fit import Stakes
 from routers.looks import spent
+from routers.promise import Promise
 from routers.router import Router
 from serving.agreement import comparison
+from serving.exchange import Json
 from serving.settings import TaskPolicy
 
 R_co = TypeVar("R_co", bound=Past, covariant=True)
@@ -30,8 +35,9 @@ R_co = TypeVar("R_co", bound=Past, covariant=True)
 HeldOut = dict[str, tuple[float, str | None]]
 """The rank and answer key with which each row was tested, by the row's id; −∞: it can't be accepted."""
 
-AsRelease = Callable[[Router, HeldOut, float | None], R_co]
-"""Makes a release of a router, what was held out, and the rank below which generations are given up."""
+AsRelease = Callable[[Router, HeldOut, float | None, Ahead], R_co]
+"""Makes a release of a router, what was held out, the rank below which generations are given up, and what stands before
+its student."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +48,7 @@ class Look(Generic[R_co]):
     traffic that would be answered, by the rules the release has; `agreement` the share on which students that hadn't
     seen the rows agree with the teacher (both weighted by 1/propensity). `losses` is the cross-validated log-loss of
     each model of confidence that was tried, `model` the one that was chosen. `hopeless` says which generations would be
-    given up.
+    given up, `skipping` which requests the student wouldn't be shown, and why (`distillation.foreseeing`).
     """
 
     number: int
@@ -56,6 +62,7 @@ class Look(Generic[R_co]):
     losses: Mapping[str, float]
     hopeless: Hopeless
     candidate: R_co | None
+    skipping: Json
 
 
 def take_look(
@@ -65,23 +72,27 @@ def take_look(
     *,
     number: int,
     seed: int,
+    stakes: Stakes | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Look[PastRelease]:
     """Fit linear students, score out of fold, and test the promise with what look `number` may spend.
 
     `past` holds every release the dataset's traffic met (see `Dataset.without_period`). `seed` deals folds and thins.
+    `stakes` is what an answer of student and teacher takes and costs; None: not known, so that nothing is skipped.
     The dataset is what a student sees that sees as `policy` says. Raises ValueError when there is nothing to learn
     from.
     """
     fitted = cross_fit(dataset.rows, seed=seed, sees=policy.student.sees, progress=progress)
 
-    def release(router: Router, held_out: HeldOut, _: float | None) -> PastRelease:
+    def release(router: Router, held_out: HeldOut, _: float | None, ahead: Ahead) -> PastRelease:
         known = {
             id: (rank, key) for id, (rank, key) in held_out.items() if key is not None and np.isfinite(rank)
         }
-        return PastRelease(fitted.student, router, known)
+        return PastRelease(fitted.student, router, known, ahead)
 
-    return judge(dataset, fitted, release, past, policy, number=number, seed=seed, progress=progress)
+    return judge(
+        dataset, fitted, release, past, policy, number=number, seed=seed, stakes=stakes, progress=progress
+    )
 
 
 def judge(
@@ -94,6 +105,7 @@ def judge(
     number: int,
     seed: int,
     early: Sequence[Early] = (),
+    stakes: Stakes | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Look[R_co]:
     """Test the promise of a student whose answers to the dataset's rows are `fitted`, as `take_look` does.
@@ -110,6 +122,10 @@ def judge(
     hopeless = find_hopeless(confidence, early, ranks, policy.max_disagreement, propensity, seed=seed)
     ranks = np.where(hopeless.given_up, -np.inf, ranks)
     progress("testing the promise")
+    sampled = Promise(policy.max_disagreement, policy.certainty, seed=seed).sample(propensity)
+    # Answers that always go to the teacher are never served: they rank below everything.
+    served = np.where([key in terms.always_escalate for key in fitted.predicted], -np.inf, ranks)
+    ahead = Foreseeing(dataset.rows, served, 1.0 / propensity, sampled, policy, stakes, seed)
     verdict = admit(
         ranks,
         fitted.predicted,
@@ -120,6 +136,7 @@ def judge(
         level=1.0 - policy.certainty,
         terms=terms,
         seed=seed,
+        skipping=ahead.skipped if ahead.may_skip else None,
     )
     candidate, coverage = None, None
     if verdict.passed:
@@ -136,7 +153,7 @@ def judge(
             unproven=verdict.unproven,
             proven=verdict.proven,
         )
-        candidate = as_release(router, held_out, hopeless.below)
+        candidate = as_release(router, held_out, hopeless.below, ahead.before())
     return Look(
         number=number,
         labels=len(dataset.rows),
@@ -149,6 +166,7 @@ def judge(
         losses=estimator.losses_,
         hopeless=hopeless,
         candidate=candidate,
+        skipping=ahead.report(verdict.accepted),
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from distillation.dataset import Dataset, build_dataset
 from distillation.past import Past, redoable
+from routers.foresight_fit import Stakes
 from serving.agreement import comparison
 from serving.errors import UnderstudyError
 from serving.exchange import Exchange, Json
@@ -39,8 +40,19 @@ class Kind(Protocol):
         """
         ...
 
+    def seconds(self, exchanges: Sequence[Exchange]) -> list[float]:
+        """How long this student took for the answers it has given, as far as that is known once it is prepared."""
+        ...
+
     def look(
-        self, dataset: Dataset, past: Mapping[str, Past], *, number: int, seed: int, progress: Progress
+        self,
+        dataset: Dataset,
+        past: Mapping[str, Past],
+        *,
+        number: int,
+        seed: int,
+        stakes: Stakes | None,
+        progress: Progress,
     ) -> Look[Past]:
         """Take look `number` at what `prepare` gave."""
         ...
@@ -67,13 +79,27 @@ class LinearKind:
         """The releases on disk; the traffic of those that can't be redone is left out."""
         return redoable(self._store, self._policy.name, dataset, progress)
 
+    def seconds(self, exchanges: Sequence[Exchange]) -> list[float]:
+        """By the log."""
+        answers = [exchange.student for exchange in exchanges if not exchange.replayed]
+        return [one.latency_s for one in answers if one is not None and one.model == "linear"]
+
     def look(
-        self, dataset: Dataset, past: Mapping[str, Past], *, number: int, seed: int, progress: Progress
+        self,
+        dataset: Dataset,
+        past: Mapping[str, Past],
+        *,
+        number: int,
+        seed: int,
+        stakes: Stakes | None,
+        progress: Progress,
     ) -> Look[Past]:
         """Fit, cross-fit, test."""
         from distillation.gate import take_look
 
-        return take_look(dataset, past, self._policy, number=number, seed=seed, progress=progress)
+        return take_look(
+            dataset, past, self._policy, number=number, seed=seed, stakes=stakes, progress=progress
+        )
 
     def remarks(self, dataset: Dataset, look: Look[Past]) -> Json:
         """What of a conversation it sees."""

@@ -15,7 +15,9 @@ from distillation.journal import LearningElsewhere, LookJournal
 from distillation.kind import Kind, LinearKind, StudentSilent
 from distillation.outlook import after, labels_per_hour
 from distillation.past import Past
+from distillation.stakes import stakes_of
 from distillation.watching import came_after, live_of, withdrawal_line
+from routers.foresight_fit import Stakes
 from routers.looks import labels_needed, next_look
 from serving.errors import UnknownTask, WithdrawnMeanwhile
 from serving.exchange import Json
@@ -112,7 +114,8 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
             if live is not None and live.release is None and live.withdrawals:
                 message += f". {withdrawal_line(live.withdrawals[-1])}; only labels from then on count"
             return Lesson(task, outcome, message, labels, waiting.needed)
-        return _look(settings, task, kind, dataset, past, journal, policy, fence, progress)
+        stakes = stakes_of(exchanges, kind.seconds(exchanges), settings.student)
+        return _look(settings, task, kind, dataset, past, journal, policy, stakes, fence, progress)
 
 
 def _kind(settings: Settings, policy: TaskSettings) -> Kind:
@@ -133,6 +136,7 @@ def _look(
     past: Mapping[str, Past],
     journal: LookJournal,
     policy: TaskSettings,
+    stakes: Stakes | None,
     fence: float,
     progress: Progress,
 ) -> Lesson:
@@ -146,6 +150,7 @@ def _look(
         past,
         number=number,
         seed=serial,
+        stakes=stakes,
         progress=lambda step: progress(f"{task}: {step} ({labels} labels)"),
     )
     card = report_card(look, dataset, policy, releases_so_far=len(store.list(task)))

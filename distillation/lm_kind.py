@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from distillation.ahead import Ahead
 from distillation.as_served import AsServed, Known, as_served, columns
 from distillation.asking import ask
 from distillation.dataset import Dataset, Row, build_dataset
@@ -22,6 +23,7 @@ from distillation.kind import Progress, StudentSilent
 from distillation.lm_release import Answered, LmRelease, is_streamed, read_lm_release, stopping, student_id
 from distillation.past import Past, read_past
 from distillation.scored import Scored
+from routers.foresight_fit import Stakes
 from routers.meter import TokenMeter
 from routers.router import Router
 from serving.agreement import comparison
@@ -92,8 +94,19 @@ class LmKind:
                 dataset = dataset.without_period(name)
         return past, dataset
 
+    def seconds(self, exchanges: Sequence[Exchange]) -> list[float]:
+        """By its answers to the rows, whether it gave them then or was asked now."""
+        return [one.answer.latency_s for one in self._answered.values()]
+
     def look(
-        self, dataset: Dataset, past: Mapping[str, Past], *, number: int, seed: int, progress: Progress
+        self,
+        dataset: Dataset,
+        past: Mapping[str, Past],
+        *,
+        number: int,
+        seed: int,
+        stakes: Stakes | None,
+        progress: Progress,
     ) -> Look[Past]:
         """Score every answer as it would be served, and test."""
         from distillation.gate import judge
@@ -125,6 +138,7 @@ class LmKind:
             number=number,
             seed=seed,
             early=early,
+            stakes=stakes,
             progress=progress,
         )
 
@@ -167,8 +181,8 @@ class LmKind:
         """The answer's key, if it is known when the answer is judged."""
         return self._answered[row.id].key if served is not None and served.ended else None
 
-    def _release(self, router: Router, held_out: HeldOut, below: float | None) -> LmRelease:
-        return LmRelease(stopping(self._plan, below), router, held_out, self._answered)
+    def _release(self, router: Router, held_out: HeldOut, below: float | None, ahead: Ahead) -> LmRelease:
+        return LmRelease(stopping(self._plan, below), router, held_out, self._answered, ahead=ahead)
 
     async def _ask(self, rows: Sequence[Row], answers: dict[str, StudentAnswer], progress: Progress) -> None:
         """Ask about rows, and keep what comes: as the log would, with what `log.redact` names replaced."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import orjson
 
+from distillation.ahead import Ahead
 from distillation.as_served import AsServed, as_served
 from distillation.dataset import Row
 from distillation.past import ROUTER_FILE, Redone
@@ -53,7 +54,7 @@ class LmRelease:
 
     `held_out` maps the ids of those rows to the rank and answer key that they were tested with: −∞ for one that was
     given up, no key for one that was judged before its end. `answered` maps ids to answers; what the student refuses
-    isn't there. `name` is None until it is written.
+    isn't there. `name` is None until it is written. What `ahead` skips is never accepted.
     """
 
     plan: LmPlan
@@ -61,6 +62,7 @@ class LmRelease:
     held_out: HeldOut
     answered: Mapping[str, Answered]
     name: str | None = None
+    ahead: Ahead = field(default_factory=Ahead)
 
     def accepts_row(self, row: Row) -> bool:
         """Whether the release would have answered a row's request, had its confidence not been fitted on it."""
@@ -75,7 +77,10 @@ class LmRelease:
         if known is None:
             return None
         ranked = self.held_out.get(row.id) or self._rank(known, row)
-        return Redone(ranked[0], known.key, known.agreed, self.router.judge(*ranked))
+        decision = self.router.judge(*ranked)
+        if self.ahead.skips(row, self.held_out.keys()):
+            decision = replace(decision, accepted=False, reason="skipped")
+        return Redone(ranked[0], known.key, known.agreed, decision)
 
     def _rank(self, known: Answered, row: Row) -> tuple[float, str | None]:
         served = as_served(known.answer, self.plan, streamed=is_streamed(row))
@@ -97,6 +102,7 @@ class LmRelease:
             **self.plan.files(),
             ROUTER_FILE: self.router.dump(),
             HELD_OUT_FILE: orjson.dumps(self.held_out),  # −∞ becomes null
+            **self.ahead.files(),
         }
 
 
@@ -112,7 +118,9 @@ def read_lm_release(release: Release, answered: Mapping[str, Answered]) -> LmRel
         raise DamagedRelease(
             f"release {release.name} of task {release.task}: {HELD_OUT_FILE} can't be read: {error}"
         ) from error
-    return LmRelease(LmPlan.load(release.files), router, held_out, answered, release.name)
+    return LmRelease(
+        LmPlan.load(release.files), router, held_out, answered, release.name, Ahead.read(release.files)
+    )
 
 
 def stopping(plan: LmPlan, below: float | None) -> LmPlan:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from distillation.ahead import Ahead
 from distillation.dataset import Dataset, Row
 from routers.propensity import Period, pooled_propensity
 from routers.router import SCORE_SCHEMA, Decision, Router
@@ -60,12 +61,13 @@ class PastRelease:
     """A release whose student is `linear`: the student, its router, and how it ranked the rows it was fitted on.
 
     `held_out` maps the ids of those rows to the rank and answer key that cross-fitting gave them: the released
-    student and confidence have seen them and would be too sure.
+    student and confidence have seen them and would be too sure. What `ahead` skips is never accepted.
     """
 
     student: LinearStudent
     router: Router
     held_out: Mapping[str, tuple[float, str]]
+    ahead: Ahead = field(default_factory=Ahead)
     _made: dict[str, tuple[float, Mapping[str, float], str]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -88,7 +90,10 @@ class PastRelease:
             text = seen_text(row.request, sees)
         ranked = self.held_out.get(row.id)
         rank, key = self.rank(text) if ranked is None else ranked
-        return Redone(rank, key, key == row.answer, self.router.judge(rank, key))
+        decision = self.router.judge(rank, key)
+        if self.ahead.skips(row, self.held_out.keys()):
+            decision = replace(decision, accepted=False, reason="skipped")
+        return Redone(rank, key, key == row.answer, decision)
 
     def rank(self, text: str) -> tuple[float, str]:
         """The rank and key of the student's answer to a text, as they would be served."""
@@ -110,6 +115,7 @@ class PastRelease:
             **self.student.files(),
             ROUTER_FILE: self.router.dump(),
             HELD_OUT_FILE: orjson.dumps(self.held_out),
+            **self.ahead.files(),
         }
 
 
@@ -128,7 +134,7 @@ def read_past(store: ReleaseStore, task: str, name: str) -> PastRelease:
         raise DamagedRelease(
             f"release {name} of task {task}: {HELD_OUT_FILE} can't be read: {error}"
         ) from error
-    return PastRelease(LinearStudent.load(release.files), router, held_out)
+    return PastRelease(LinearStudent.load(release.files), router, held_out, Ahead.read(release.files))
 
 
 def redoable(

@@ -12,6 +12,7 @@ from distillation.due import not_due
 from distillation.gate import take_look
 from distillation.linear_training import TermCounts
 from distillation.past import PastRelease
+from routers.foresight_fit import Stakes
 from routers.looks import PastLook, labels_needed, next_look
 from routers.router import Router
 from routers.simulator import LiveStudent, Message
@@ -32,6 +33,11 @@ class SimulatedRelease:
         """The release's router."""
         return self.release.router
 
+    def skips(self, text: str) -> bool:
+        """Whether the student isn't asked."""
+        foresight = self.release.ahead.foresight
+        return foresight is not None and foresight.skips(text)
+
     def predict(self, text: str) -> tuple[str, float, Mapping[str, float]]:
         """The student's answer, score and signals."""
         score, signals, answer = self.release.predict(text)
@@ -44,6 +50,7 @@ class SimulatedLearner:
 
     policy: TaskPolicy
     seed: int
+    stakes: Stakes | None = None
     looks: list[PastLook] = field(default_factory=list)
     releases: dict[str, PastRelease] = field(default_factory=dict)
 
@@ -56,7 +63,14 @@ class SimulatedLearner:
         if not_due(dataset, self.looks, self.policy) is not None:
             return None
         number = next_look(self.looks)
-        look = take_look(dataset, self.releases, self.policy, number=number, seed=self.seed + len(self.looks))
+        look = take_look(
+            dataset,
+            self.releases,
+            self.policy,
+            number=number,
+            seed=self.seed + len(self.looks),
+            stakes=self.stakes,
+        )
         self.looks.append(PastLook(number, look.labels, look.candidate is not None))
         if look.candidate is None:
             return None

@@ -104,14 +104,18 @@ class Answers:
             return await (self._stream(turn) if turn.chat.stream else self._whole(turn))
         except UpstreamError as error:
             self.note_failure(turn, error)
-            if not (_student_may_step_in(turn, error) and await self._students.whole(turn)):
+            steps_in = _student_may_step_in(turn, error)
+            if steps_in and escalated == names.REASON_SKIPPED and turn.release is not None:
+                escalated = await self._students.ask(turn, turn.release, may_skip=False)
+            if not (steps_in and (escalated is None or await self._students.whole(turn))):
                 self.ledger.given_up(turn)
                 raise
             # After a deadline the teacher may have worked all the time.
             self.ledger.broken_off(turn)
             turn.reason = names.REASON_TEACHER_UNAVAILABLE
             turn.spoiled = True
-            return self._by_student(turn)
+            going_on = escalated is None and turn.generation is not None
+            return self._students.stream(turn) if going_on else self._by_student(turn)
 
     def note_failure(self, turn: Turn, error: UpstreamError) -> None:
         """Count a failure of the teacher's."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gateway.metrics import Metrics
 from gateway.tasks import Tasks
+from routers.foresight import Foresight, read_foresight
 from routers.meter import TokenMeter
 from routers.router import Router
 from serving.agreement import Comparison
@@ -48,6 +49,7 @@ class LiveRelease:
     student: Student
     router: Router
     comparison: Comparison
+    foresight: Foresight | None
     threshold: float | None
     accepted_audits: int
 
@@ -156,6 +158,7 @@ class LiveReleases:
             student=GuardedStudent(load_student(release, TokenMeter)),
             router=router,
             comparison=self._tasks.comparison(task),
+            foresight=read_foresight(release.files),
             threshold=router.threshold,
             # Those that the log knows already: after a restart or a rollback.
             accepted_audits=self._audits.accepted(task, release.name),

@@ -76,6 +76,11 @@ class Metrics:
         self._threshold = self._gauge(
             names.METRIC_THRESHOLD, "The confidence from which the student's answer is served.", ("task",)
         )
+        self._spared = self._counter(
+            names.METRIC_STUDENT_SPARED,
+            "Time of the student's that skipping it spared, estimated.",
+            ("task",),
+        )
         self._audits = self._counter(
             names.METRIC_AUDITS, "Audits of answers the student gave.", ("task", "outcome")
         )
@@ -202,6 +207,10 @@ class Metrics:
         if histogram is None:
             histogram = self._confidence_series[task] = self._confidence.labels(task)
         histogram.observe(confidence)
+
+    def record_spared(self, task: str, seconds: float) -> None:
+        """Count a request that the student wasn't asked about, by the seconds it takes on average."""
+        self._spared.labels(task).inc(seconds)
 
     def record_audit(
         self,

@@ -15,6 +15,7 @@ from gateway.ledger import Ledger
 from gateway.live import LiveRelease
 from gateway.metrics import Metrics
 from gateway.turn import Turn
+from routers.foresight import last_text
 from routers.router import Decision
 from serving.chat import completion
 from serving.errors import RequestError, UnderstudyError, UpstreamBroken, UpstreamError
@@ -38,11 +39,11 @@ class StudentTurn:
         self._metrics = metrics
         self._unheard: set[asyncio.Task[None]] = set()
 
-    async def ask(self, turn: Turn, release: LiveRelease) -> str | None:
+    async def ask(self, turn: Turn, release: LiveRelease, *, may_skip: bool = True) -> str | None:
         """Let the student answer. Return the reason to ask the teacher instead; None: serve the answer.
 
-        The answer is `turn.student`, or `turn.generation` as long as it isn't whole. Raises RequestError when the
-        client forced a student that can't answer.
+        The answer is `turn.student`, or `turn.generation` as long as it isn't whole. With `may_skip` it isn't even
+        asked where an escalation is foreseen. Raises RequestError when the client forced a student that can't answer.
         """
         forced = turn.arrival.route == STUDENT
         began = time.perf_counter()
@@ -51,6 +52,8 @@ class StudentTurn:
             feature = release.student.unsupported(seen)
             if feature is not None:
                 return _unsupported(turn, feature)
+            if may_skip and not forced and self._skips(turn, release, seen):
+                return names.REASON_SKIPPED
             stream = release.student.stream(seen)
             if stream is None:
                 answer = await release.student.answer(seen)
@@ -73,6 +76,17 @@ class StudentTurn:
             return None
         turn.reason = decision.reason
         return None if decision.accepted else decision.reason
+
+    def _skips(self, turn: Turn, release: LiveRelease, seen: Json) -> bool:
+        """Say whether an escalation is foreseen so surely that the student is left out.
+
+        It counts like any escalation: what the student would have said is worked out when something is learned from it.
+        """
+        foresight = release.foresight
+        if foresight is None or not foresight.skips(last_text(seen)):
+            return False
+        self._metrics.record_spared(turn.task, foresight.student_s)
+        return True
 
     def stream(self, turn: Turn) -> CommittedStream:
         """Send on what was accepted before it was whole."""

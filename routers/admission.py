@@ -9,8 +9,9 @@ answers, half of it is theirs, in equal parts, and the rest the others'; without
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +24,10 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 FOLDS = 5
+
+Skipped = Callable[[Bools, Bools | None], Bools]
+"""Says which of n requests aren't shown to the student, bool[n], given which of those that may be looked at (the second
+bool[n]; None: all) would be accepted."""
 
 NAMED_SHARE = 0.5
 """The part of δ that the named answers' tests share."""
@@ -102,13 +107,15 @@ def admit(
     level: float,
     terms: AnswerTerms,
     seed: int,
+    skipping: Skipped | None = None,
 ) -> Verdict:
     """Test n labelled exchanges: the `rank` and `answer` key a student gives that hasn't seen them, and if it `agreed`.
 
     `propensity` is as in `Promise`, `delta` what the tests together may spend. Vetoes allow a false discovery rate of
     `level`, and those that refuse a label come from folds without it; `seed` deals the folds as students are fitted on
     them (cross_fit), and thins. An answer without a key (None: it isn't known yet when the answer is judged) is no
-    slice's: no rule about answers can be applied to it then. Raises ValueError for arrays that don't fit together.
+    slice's: no rule about answers can be applied to it then. `skipping` says what the student isn't shown. Raises
+    ValueError for arrays that don't fit together.
     """
     ranks = np.asarray(rank, dtype=np.float64)
     agreeing = np.asarray(agreed, dtype=np.bool_)
@@ -119,10 +126,28 @@ def admit(
         raise ValueError(f"rank and answer must be equally long, got {len(ranks)} and {len(place)}")
     known = np.array([key is not None for key in answer], dtype=np.bool_)
     named, (whole_delta, named_delta) = terms.named, terms.shares(delta)
+    is_named = np.isin(keys, list(named))[place] & known & np.isfinite(ranks)
     ruled = np.isin(keys, [*named, *terms.always_escalate])[place] & known
     others = ~ruled & np.isfinite(ranks)
     promise = Promise(max_disagreement, 1.0 - whole_delta, seed=seed)
     veto = SliceVeto(max_disagreement, level=level, seed=seed)
+
+    def accepted_by(considered: Bools, judging: Bools) -> Bools:
+        """Which of the `judging` are accepted, by vetoes that come from them; named answers as if they had passed."""
+        judged = considered & judging
+        sliced = judged & known
+        veto.fit(place[sliced], agreeing[sliced], chances[sliced])
+        named_too: Bools = judging & is_named & (ranks >= ranks[considered].min())
+        return (judged & ~(veto.refuses(place) & known)) | named_too
+
+    def shown(skipping: Skipped, considered: Bools) -> Bools:
+        """Whom the student is shown at a level, by what would be skipped for the labels of the other folds."""
+        found: Bools = np.ones(len(ranks), dtype=np.bool_)
+        for fold in range(FOLDS):
+            judging = folds != fold
+            found[~judging] = ~skipping(accepted_by(considered, judging), judging)[~judging]
+        return found
+
     whole = promise.admit(
         # What isn't tested here ranks below everything.
         np.where(others, ranks, -np.inf),
@@ -130,7 +155,13 @@ def admit(
         propensity=chances,
         grid=_grid(chances, promise),
         refused=lambda served: refused_out_of_fold(veto, place, agreeing, chances, folds, served & known),
+        shown=None if skipping is None else partial(shown, skipping),
     )
+    left_out: Bools = np.zeros(len(ranks), dtype=np.bool_)
+    if skipping is not None and whole.threshold is not None:
+        # Named answers have no hand in it: their own tests may heed it.
+        above = others & (ranks >= whole.threshold)
+        left_out = skipping(accepted_by(above, np.ones(len(ranks), dtype=np.bool_)), None)
     tests: dict[str, Admission] = {}
     given: dict[str, int] = {}
     for key, bound in named.items():
@@ -138,7 +169,11 @@ def admit(
         given[key] = int(own.sum())
         proof = Promise(bound, 1.0 - named_delta, seed=seed)
         tests[key] = proof.admit(
-            ranks[own], agreeing[own], propensity=chances[own], grid=_grid(chances[own], proof)
+            ranks[own],
+            agreeing[own],
+            propensity=chances[own],
+            grid=_grid(chances[own], proof),
+            shown=partial(_always, ~left_out[own]),
         )
     tested = [one.threshold for one in whole.levels if one.p_value is not None]
     cut = whole.threshold if whole.threshold is not None else tested[-1] if tested else -np.inf
@@ -149,10 +184,15 @@ def admit(
     for key, test in tests.items():
         if test.threshold is not None:
             accepted |= (keys == key)[place] & known & (ranks >= test.threshold)
+    accepted &= ~left_out
     vetoed = frozenset(keys[veto.answers_[veto.vetoed_]].tolist())
     # The report counts and names answers, not their places.
     veto.answers_ = keys[veto.answers_]
     return Verdict(whole, tests, given, whole_delta, named_delta, vetoed, slices(veto, level), accepted)
+
+
+def _always(shown: Bools, _: Bools) -> Bools:
+    return shown
 
 
 def _grid(chances: Floats, promise: Promise) -> list[float]:

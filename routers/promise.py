@@ -92,11 +92,17 @@ class Promise:
         propensity: ArrayLike | None = None,
         grid: Sequence[float] | None = None,
         refused: Callable[[Bools], Bools] | None = None,
+        shown: Callable[[Bools], Bools] | None = None,
     ) -> Admission:
         """As `threshold`, with every level that was tested. Raises ValueError for arrays that don't fit together.
 
         `refused` is asked at each level, given which labels lie at or above its threshold, bool[n], for those whose
         answers wouldn't be served all the same; no label may have had a hand in its own refusal (routers/slices.py).
+
+        `shown` is asked the same for the requests that the student is shown at all (routers/foresight.py). A level
+        then passes only if it does with all that is served, shown or not, *and* with what is shown alone (an
+        intersection–union test: Berger, 1982): the release keeps its promise whether or not it skips. The p-value is
+        the larger one.
         """
         scores = np.asarray(confidence, dtype=np.float64)
         agreeing = _booleans(agreed)
@@ -111,10 +117,10 @@ class Promise:
         levels: list[Level] = []
         best: Level | None = None
         for cut in _cuts(scores, chances, COVERAGES if grid is None else grid):
-            served = scores >= cut
+            considered = served = scores >= cut
             enough = int((kept & served).sum()) >= self.least_accepted
             if refused is not None:
-                served &= ~refused(served)
+                served = served & ~refused(served)
             tested = kept & served
             coverage = float(weights[served].sum() / weights.sum())
             accepted = int(tested.sum())
@@ -125,6 +131,10 @@ class Promise:
                 levels.append(Level(coverage, cut, accepted, disagreements, None, False))
                 continue
             p_value = binomial_tail(disagreements, accepted, self.max_disagreement)
+            if shown is not None:
+                left = tested & shown(considered)
+                wrong, right = int((left & ~agreeing).sum()), int((left & agreeing).sum())
+                p_value = max(p_value, binomial_tail(wrong, wrong + right, self.max_disagreement))
             levels.append(Level(coverage, cut, accepted, disagreements, p_value, p_value <= delta))
             if p_value > delta:
                 break
@@ -132,6 +142,10 @@ class Promise:
         if best is None:
             return Admission(None, None, levels)
         return Admission(best.threshold, best.coverage, levels)
+
+    def sample(self, propensity: ArrayLike) -> Bools:
+        """Which labels with these propensities are tested, bool[n]: a simple random sample of the traffic."""
+        return self._thinned(np.asarray(propensity, dtype=np.float64))
 
     def _thinned(self, chances: Floats) -> Bools:
         """A subset in which every exchange of the traffic had the same chance to be: the smallest propensity.

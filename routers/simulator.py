@@ -34,6 +34,10 @@ class LiveStudent(Protocol):
         """The release's router."""
         ...
 
+    def skips(self, text: str) -> bool:
+        """Whether the student isn't asked about a text, since an escalation is foreseen."""
+        ...
+
     def predict(self, text: str) -> tuple[str, float, Mapping[str, float]]:
         """The student's answer to a text, its score and its signals."""
         ...
@@ -113,7 +117,10 @@ def simulate(
         audit = audit_rate(audits, rate)
         coin = coins.random() < audit
         exchange = _arrived(number, message, name, coin, audit)
-        if live is not None:
+        accepted = False
+        if live is not None and live.skips(message.text):
+            exchange = replace(exchange, reason="skipped")
+        elif live is not None:
             answer, score, signals = live.predict(message.text)
             decision = live.router.decide(score, signals, answer)
             exchange = replace(
@@ -122,7 +129,8 @@ def simulate(
                 confidence=decision.confidence,
                 reason=decision.reason,
             )
-            if decision.accepted:
+            accepted = decision.accepted
+            if accepted:
                 lost = coin and coins.random() < missing(message)
                 run.served.append(Served(answer, name, True, coin))
                 audits += coin
@@ -135,7 +143,7 @@ def simulate(
                         audit="missing" if lost else "answered" if coin else "none",
                     )
                 )
-        if live is None or not decision.accepted:
+        if not accepted:
             run.served.append(Served(message.teacher, name, False, True))
             log.append(replace(exchange, route="teacher", propensity=1.0, teacher=_teacher(message)))
         if (number + 1) % learn_every == 0:
@@ -150,6 +158,8 @@ def simulate(
 def _hindsight(name: str, live: LiveStudent, rest: Sequence[Message], after: int) -> Kept:
     kept = Kept(name, after, len(rest), 0, 0)
     for message in rest:
+        if live.skips(message.text):
+            continue
         answer, score, signals = live.predict(message.text)
         if live.router.decide(score, signals, answer).accepted:
             kept.answered += 1

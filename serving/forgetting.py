@@ -29,7 +29,7 @@ from serving.events import EVENT_ID, decode
 from serving.exchange import Json
 from serving.forgotten import read_forgotten, write_forgotten
 from serving.layout import task_names
-from serving.releases import HELD_OUT_FILE, ReleaseStore
+from serving.releases import HELD_OUT_FILE, SKIPPED_FILE, ReleaseStore
 from serving.removed import clear_unfinished, read_removed, removing_alone, unfinished, write_removed
 from serving.segment_digest import DIGEST_SUFFIX, audited_release
 from serving.segments import OPEN_SUFFIX, events_directory, seal_abandoned, segment_lines, segment_paths
@@ -244,18 +244,26 @@ class _Forgetting:
             for name in store.names(task):
                 try:
                     release = store.read(task, name)
-                    held_out = orjson.loads(release.files.get(HELD_OUT_FILE, b"{}"))
-                    kept = {id: scored for id, scored in held_out.items() if id not in ids}
+                    remembered = {
+                        file: orjson.loads(release.files[file])
+                        for file in (HELD_OUT_FILE, SKIPPED_FILE)
+                        if file in release.files
+                    }
+                    fitted = {id for rows in remembered.values() for id in rows if id in ids}
+                    kept = {
+                        file: orjson.dumps({id: row for id, row in rows.items() if id not in ids})
+                        for file, rows in remembered.items()
+                    }
                     made = float(release.card.get("created", math.inf))
                 except (DamagedRelease, UnknownRelease, AttributeError, TypeError, ValueError) as error:
                     line = f"release {name} of task {task} can't be looked into: {error}"
                     self.erasure.left += [] if line in self.erasure.left else [line]
                     continue
-                trained_on = len(held_out) - len(kept)
+                trained_on = len(fitted)
                 if trained_on or (erased.oldest is not None and made >= erased.oldest):
                     erased.releases[name] = max(trained_on, erased.releases.get(name, 0))
                 if change and trained_on:
-                    store.rewrite(task, name, {HELD_OUT_FILE: orjson.dumps(kept)})
+                    store.rewrite(task, name, kept)
 
     def erase_student_answers(self, *, change: bool) -> None:
         """Erase what a student answered to them when learning asked it (serving.student_answers)."""

@@ -30,6 +30,9 @@ from serving.live import RELEASE_NAME, Cause, Live, Withdrawal, parse_live
 HELD_OUT_FILE = "held_out.json"
 """The file of a release that remembers, by the ids of its exchanges, what the release was fitted on."""
 
+SKIPPED_FILE = "skipped.json"
+"""The same for what it would not have shown its student, by the ids of its exchanges."""
+
 _CARD = "card.json"
 _FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)*[A-Za-z0-9_][A-Za-z0-9._-]*")
 _TEMPORARY = ".writing-"

@@ -195,6 +195,11 @@ class StudentSettings(Section):
     usd_per_hour: float = Field(
         0.05, ge=0, description="price of the machine (one core) a student answers on"
     )
+    waiting_usd_per_hour: float = Field(
+        1.0,
+        ge=0,
+        description="what an hour of clients' waiting is worth, where time is weighed against money",
+    )
 
 
 class CacheSettings(Section):
@@ -301,6 +306,13 @@ class StudentChoice(Section):
     api_key_env: str | None = Field(
         None, description="of `lm`: the environment variable that holds the server's key, if it wants one"
     )
+    skip: Literal["auto", "never"] = Field(
+        "auto",
+        description="whether requests foreseen to be escalated skip the student, where that pays",
+    )
+    skip_at_most: float = Field(
+        0.02, gt=0, le=0.2, description="the share of what the student would answer that skipping may lose"
+    )
     checkpoints: list[int] = Field(
         default=[8, 24, 64], description="of `lm`: numbers of tokens at which a hopeless answer is given up"
     )
@@ -352,7 +364,7 @@ class StudentChoice(Section):
             foreign = self.model_fields_set & {"sees"}
             why = "a language model sees the whole request"
         else:
-            foreign = self.model_fields_set - {"kind", "sees"}
+            foreign = self.model_fields_set - {"kind", "sees", "skip", "skip_at_most"}
             why = 'that is for students of kind "lm"'
         if foreign:
             raise ValueError(f'a student of kind "{self.kind}" has no {", ".join(sorted(foreign))}: {why}')

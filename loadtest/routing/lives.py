@@ -60,6 +60,10 @@ class TableStudent:
         """The release that gives every answer whose score is at least `threshold`."""
         return cls(said, Router(Confidence.of_score(1.0, 0.0), threshold))
 
+    def skips(self, text: str) -> bool:
+        """It is always asked."""
+        return False
+
     def predict(self, text: str) -> tuple[str, float, Mapping[str, float]]:
         """What the table says."""
         answer, score = self.said[text]

@@ -45,6 +45,9 @@ class Latent:
 
     router: Router
 
+    def skips(self, text: str) -> bool:
+        return False
+
     def predict(self, text: str) -> tuple[str, float, dict[str, float]]:
         return *read(text), {}
 
