@@ -35,6 +35,16 @@ class Shop:
     def __len__(self) -> int:
         return len(self.confidence)
 
+    def first(self, rows: int) -> Shop:
+        """The first `rows` of it."""
+        return Shop(
+            self.confidence[:rows],
+            self.answer[:rows],
+            self.agreed[:rows],
+            self.student_right[:rows],
+            self.teacher_right[:rows],
+        )
+
 
 def read_shop(path: Path) -> Shop:
     """Read `SHOP.csv`. Raises UnreadableShop."""

@@ -123,29 +123,33 @@ def cells() -> list[Cell]:
     return [Cell(way, labels, alpha) for way in WAYS for labels in SIZES for alpha in ALPHAS]
 
 
-def split(shop: Shop, cell: Cell, seeds: Sequence[int]) -> Tally:
-    """Calibrate and judge once for each seed."""
-    tally = Tally()
+def split(shop: Shop, way: str, labels: int, seeds: Sequence[int]) -> dict[float, Tally]:
+    """Calibrate and judge once for each seed, for every α on the same split."""
+    tallies = {alpha: Tally() for alpha in ALPHAS}
     ranked = np.argsort(-shop.confidence, kind="stable")
     for seed in seeds:
-        sample = WAYS[cell.way](shop, cell.labels, np.random.default_rng([seed, cell.labels]))
+        sample = WAYS[way](shop, labels, np.random.default_rng([seed, labels]))
         unseen = np.ones(len(shop), dtype=np.bool_)
         unseen[sample.traffic] = False
-        scores, agreed = shop.confidence[sample.labelled], shop.agreed[sample.labelled]
-        promise = Promise(cell.max_disagreement, CERTAINTY, seed=seed)
-        admission = promise.admit(scores, agreed, propensity=sample.propensity)
-        broken, coverage = judged(shop, unseen, admission.threshold, cell.max_disagreement)
-        tally.splits += 1
-        tally.broken += broken
-        tally.coverage += coverage
-        tally.provable += any(level.p_value is not None for level in admission.levels)
-        tally.oracle += oracle_coverage(shop, unseen, ranked, cell.max_disagreement)
-        if cell.way == "reference":
-            theirs = _mapie(scores, agreed, cell.max_disagreement)
-            broken, coverage = judged(shop, unseen, theirs, cell.max_disagreement)
-            tally.mapie_broken += broken
-            tally.mapie_coverage += coverage
-    return tally
+        best = oracle_coverages(shop, ranked[unseen[ranked]])
+        for alpha, tally in tallies.items():
+            tally.splits += 1
+            tally.oracle += best[alpha]
+            _calibrate(shop, sample, unseen, alpha, seed, tally)
+    return tallies
+
+
+def _calibrate(shop: Shop, sample: Sample, unseen: Bools, alpha: float, seed: int, tally: Tally) -> None:
+    scores, agreed = shop.confidence[sample.labelled], shop.agreed[sample.labelled]
+    admission = Promise(alpha, CERTAINTY, seed=seed).admit(scores, agreed, propensity=sample.propensity)
+    broken, coverage = judged(shop, unseen, admission.threshold, alpha)
+    tally.broken += broken
+    tally.coverage += coverage
+    tally.provable += any(level.p_value is not None for level in admission.levels)
+    if sample.propensity is None:  # MAPIE knows no propensities
+        broken, coverage = judged(shop, unseen, _mapie(scores, agreed, alpha), alpha)
+        tally.mapie_broken += broken
+        tally.mapie_coverage += coverage
 
 
 def judged(shop: Shop, unseen: Bools, threshold: float | None, max_disagreement: float) -> tuple[bool, float]:
@@ -158,18 +162,20 @@ def judged(shop: Shop, unseen: Bools, threshold: float | None, max_disagreement:
     return disagreed > max_disagreement * count, count / int(unseen.sum())
 
 
-def oracle_coverage(shop: Shop, unseen: Bools, ranked: NDArray[np.int64], max_disagreement: float) -> float:
-    """The largest coverage of the unseen rows at which at most α of them disagree; equal scores go together.
+def oracle_coverages(shop: Shop, ranked: NDArray[np.int64]) -> dict[float, float]:
+    """For each α the largest coverage of the rows `ranked` at which at most α of them disagree.
 
-    `ranked` are all rows from surest to least sure.
+    They are given from surest to least sure; equal scores go together.
     """
-    here = ranked[unseen[ranked]]
-    scores = shop.confidence[here]
-    disagreed = np.cumsum(~shop.agreed[here])
-    count = np.arange(1, len(here) + 1)
+    scores = shop.confidence[ranked]
+    disagreed = np.cumsum(~shop.agreed[ranked])
+    count = np.arange(1, len(ranked) + 1)
     last_of_equals = np.append(scores[1:] < scores[:-1], True)
-    kept = np.flatnonzero(last_of_equals & (disagreed <= max_disagreement * count))
-    return float(count[kept[-1]] / len(here)) if len(kept) else 0.0
+    share = np.where(last_of_equals, disagreed / count, 1.0)
+    found = {alpha: np.flatnonzero(share <= alpha) for alpha in ALPHAS}
+    return {
+        alpha: float(count[kept[-1]] / len(ranked)) if len(kept) else 0.0 for alpha, kept in found.items()
+    }
 
 
 def _mapie(scores: Floats, agreed: Bools, max_disagreement: float) -> float | None:
@@ -202,13 +208,15 @@ def tables(runner: Runner) -> Iterator[Table]:
     shop = read_shop(runner.data / "frugalml_shop" / "SHOP.csv")
     splits = runner.scaled(SPLITS)
     pieces = [
-        (shop, cell, range(start, min(start + _PIECE, splits)))
-        for cell in cells()
+        (shop, way, labels, range(start, min(start + _PIECE, splits)))
+        for way in WAYS
+        for labels in SIZES
         for start in range(0, splits, _PIECE)
     ]
     found = {cell: Tally() for cell in cells()}
-    for (_, cell, _), tally in runner.each("validity", split, pieces):
-        found[cell] += tally
+    for (_, way, labels, _), tallies in runner.each("validity", split, pieces):
+        for alpha, tally in tallies.items():
+            found[Cell(way, labels, alpha)] += tally
     yield table_of(found)
 
 
