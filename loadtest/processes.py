@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
-_STATE, _PARENT = 0, 1
+_STATE, _PARENT, _USER, _SYSTEM = 0, 1, 11, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,14 @@ def is_running(pid: int) -> bool:
     """Say whether a process is there and hasn't ended."""
     status = _status(pid)
     return status is not None and status[_STATE] != "Z"
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time a process has used, all of its threads. Raises ProcessLookupError if it isn't there."""
+    status = _status(pid)
+    if status is None:
+        raise ProcessLookupError(f"there is no process {pid}")
+    return (int(status[_USER]) + int(status[_SYSTEM])) / os.sysconf("SC_CLK_TCK")
 
 
 def _children(parent: int) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console, RenderableType
 
-from loadtest.routing import over_http, planted, stream, validity, watches
+from loadtest.routing import cost, over_http, planted, ranking, stream, validity, watches
 from loadtest.routing.runner import Runner
 from serving.errors import UnderstudyError
 
@@ -24,9 +24,11 @@ Tables = Callable[[Runner], Iterator[RenderableType]]
 TABLES: dict[str, Tables] = {
     "validity": validity.tables,
     "planted": planted.tables,
+    "ranking": ranking.tables,
     "watch": watches.tables,
     "stream": stream.tables,
     "http": over_http.tables,
+    "cost": cost.tables,
 }
 
 
