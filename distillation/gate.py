@@ -21,8 +21,8 @@ from distillation.hopeless import Early, Hopeless, find_hopeless
 from distillation.past import Past, PastRelease, propensity_of
 from distillation.scored import Scored
 from routers.admission import AnswerTerms, Verdict, admit
-from routers.confidence_fit import ConfidenceEstimator, held_out_ranks
 from routers.foresight_fit import Stakes
+from routers.held_out import HeldOutConfidence
 from routers.looks import spent
 from routers.promise import Promise
 from routers.router import Router
@@ -117,9 +117,12 @@ def judge(
     delta = spent(number, 1.0 - policy.certainty)
     terms = answer_terms(policy)
     progress("fitting its confidence")
-    estimator, ranks = _ranked(fitted, 1.0 / propensity, seed)
-    confidence = estimator.confidence_
-    hopeless = find_hopeless(confidence, early, ranks, policy.max_disagreement, propensity, seed=seed)
+    held_out_confidence = _held_out(fitted, 1.0 / propensity, seed)
+    estimator = held_out_confidence.estimator_
+    ranks = held_out_confidence.ranks(fitted.scores, fitted.signals, fitted.predicted)
+    hopeless = find_hopeless(
+        held_out_confidence, early, ranks, policy.max_disagreement, propensity, seed=seed
+    )
     ranks = np.where(hopeless.given_up, -np.inf, ranks)
     progress("testing the promise")
     sampled = Promise(policy.max_disagreement, policy.certainty, seed=seed).sample(propensity)
@@ -146,7 +149,7 @@ def judge(
             for row, rank, key in zip(dataset.rows, ranks, fitted.predicted, strict=True)
         }
         router = Router(
-            confidence,
+            estimator.confidence_,
             verdict.rank_threshold,
             always_escalate=terms.always_escalate,
             vetoed=verdict.vetoed,
@@ -170,14 +173,12 @@ def judge(
     )
 
 
-def _ranked(
-    fitted: Scored, weights: NDArray[np.float64], seed: int
-) -> tuple[ConfidenceEstimator, NDArray[np.float64]]:
-    """The confidence to be released, and each row's rank by confidences that its own label had no hand in."""
-    given = (fitted.scores, fitted.signals, fitted.predicted, fitted.agreed, weights)
+def _held_out(fitted: Scored, weights: NDArray[np.float64], seed: int) -> HeldOutConfidence:
+    """The confidence to be released, and those that rank rows whose labels they haven't seen."""
     with threadpool_limits(1):  # small matrices: threads that wait for one another cost more than they save
-        estimator = ConfidenceEstimator(seed=seed).fit(*given)
-        return estimator, held_out_ranks(estimator, *given)
+        return HeldOutConfidence(seed=seed).fit(
+            fitted.scores, fitted.signals, fitted.predicted, fitted.agreed, weights
+        )
 
 
 def answer_terms(policy: TaskPolicy) -> AnswerTerms:

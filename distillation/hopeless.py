@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from routers.confidence import Confidence
+from routers.held_out import HeldOutConfidence
 from routers.stopping import expected_threshold, stop_below
 
 Floats = NDArray[np.float64]
@@ -32,7 +32,7 @@ class Hopeless:
 
 
 def find_hopeless(
-    confidence: Confidence,
+    confidence: HeldOutConfidence,
     early: Sequence[Early],
     ranks: Floats,
     max_disagreement: float,
@@ -65,7 +65,7 @@ def find_hopeless(
     )
 
 
-def _ranked(confidence: Confidence, scores: Floats, signals: Mapping[str, Floats]) -> Floats:
+def _ranked(confidence: HeldOutConfidence, scores: Floats, signals: Mapping[str, Floats]) -> Floats:
     """The ranks at a checkpoint, float[n]; +∞ for answers that ended before it."""
     reached = ~np.isnan(scores)
     ranks = confidence.ranks(scores, signals, [None] * len(scores))

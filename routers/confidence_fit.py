@@ -133,57 +133,6 @@ class ConfidenceEstimator:
         return best
 
 
-def held_out_ranks(
-    estimator: ConfidenceEstimator,
-    score: ArrayLike,
-    signals: Mapping[str, ArrayLike],
-    answer_keys: Sequence[str | None],
-    agreed: ArrayLike,
-    sample_weight: ArrayLike | None = None,
-) -> Floats:
-    """Each answer's rank by a confidence that was chosen and fitted without its fold; −∞ for what can't be ranked.
-
-    The estimator, fitted to all, is left as it is. Confidences of different folds differ by chance, and a fold whose
-    labels are worse than the others' would get the higher ranks for it. So each is brought to the mean and spread that
-    the estimator's own has on the same answers, which takes no labels: a threshold on these ranks is one on its own.
-    """
-    scores = np.asarray(score, dtype=np.float64)
-    agreeing = np.asarray(agreed, dtype=np.bool_)
-    weights = np.ones(len(scores)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
-    columns = {name: np.asarray(column, dtype=np.float64) for name, column in signals.items()}
-    own = estimator.confidence_.ranks(scores, columns, answer_keys)
-    folds = np.random.default_rng(estimator.seed + 1).permutation(len(scores)) % FOLDS
-    ranks = np.full(len(scores), -np.inf)
-    for fold in range(FOLDS):
-        others, held_out = folds != fold, folds == fold
-        fitted = ConfidenceEstimator(estimator.models, seed=estimator.seed).fit(
-            scores[others],
-            {name: column[others] for name, column in columns.items()},
-            [key for key, kept in zip(answer_keys, others, strict=True) if kept],
-            agreeing[others],
-            weights[others],
-        )
-        found = fitted.confidence_.ranks(scores, columns, answer_keys)
-        ranks[held_out] = _aligned(found, own, weights)[held_out]
-    return ranks
-
-
-def _aligned(ranks: Floats, own: Floats, weights: Floats) -> Floats:
-    """`ranks`, shifted and stretched to the mean and spread of `own` where both are finite."""
-    both = np.isfinite(ranks) & np.isfinite(own)
-    if not both.any():
-        return ranks
-    at, to = (np.average(values[both], weights=weights[both]) for values in (ranks, own))
-    spread, wanted = (
-        np.sqrt(np.average((values[both] - middle) ** 2, weights=weights[both]))
-        for values, middle in ((ranks, at), (own, to))
-    )
-    stretch = wanted / spread if spread > 0 and wanted > 0 else 1.0
-    aligned = np.where(np.isfinite(ranks), to + (ranks - at) * stretch, -np.inf)
-    # What differs by rounding alone ties here as it will when it is served.
-    return np.where(both & np.isclose(aligned, own, rtol=1e-9, atol=1e-9), own, aligned)
-
-
 def _usable(
     score: ArrayLike,
     signals: Mapping[str, ArrayLike],

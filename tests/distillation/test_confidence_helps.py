@@ -12,7 +12,8 @@ from threadpoolctl import threadpool_limits
 from distillation.cross_fit import cross_fit
 from distillation.dataset import Row
 from routers.confidence import SCORE
-from routers.confidence_fit import MODELS, ConfidenceEstimator, held_out_ranks
+from routers.confidence_fit import MODELS
+from routers.held_out import HeldOutConfidence
 from routers.measures import expected_calibration_error, reliability, risk_coverage
 from routers.newton import log_loss, sigmoid
 
@@ -31,9 +32,9 @@ def test_signals_tell_more_than_the_score_alone() -> None:
         fitted = cross_fit(rows, seed=seed)
         given = (fitted.scores, fitted.signals, fitted.predicted, fitted.agreed)
         for name, models in (("score", [SCORE]), ("all", MODELS)):
-            estimator = ConfidenceEstimator(models, seed=seed)
             with threadpool_limits(1):
-                ranks = held_out_ranks(estimator.fit(*given), *given)
+                fitted_confidence = HeldOutConfidence(models, seed=seed).fit(*given)
+            ranks = fitted_confidence.ranks(*given[:3])
             curve = risk_coverage(ranks, fitted.agreed)
             measured[name].append(
                 (
@@ -42,7 +43,13 @@ def test_signals_tell_more_than_the_score_alone() -> None:
                     float(curve.coverage[curve.risk <= 0.1].max(initial=0.0)),
                 )
             )
-            print(name, seed, estimator.confidence_.model, "log-loss, ECE, coverage:", measured[name][-1])
+            print(
+                name,
+                seed,
+                fitted_confidence.estimator_.confidence_.model,
+                "log-loss, ECE, coverage:",
+                measured[name][-1],
+            )
     alone, signals = (np.mean(measured[name], axis=0) for name in ("score", "all"))
     assert signals[0] < alone[0] - 0.01
     assert signals[2] > alone[2]
