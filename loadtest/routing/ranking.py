@@ -14,8 +14,9 @@ from rich.table import Table
 
 from loadtest.routing.runner import Runner
 from loadtest.routing.shop import Shop, read_shop
-from routers.confidence_fit import ConfidenceEstimator, held_out_ranks
+from routers.confidence_fit import ConfidenceEstimator
 from routers.frontier import Frontier, frontier, oracle_frontier
+from routers.held_out import HeldOutConfidence
 
 LABELS = 1000
 
@@ -40,9 +41,9 @@ def of_few_labels(shop: Shop) -> tuple[Frontier, str]:
 def cross_fitted(shop: Shop) -> tuple[Frontier, str]:
     """By confidences fitted to all other folds; and the model chosen."""
     keys = [str(answer) for answer in shop.answer]
-    estimator = ConfidenceEstimator().fit(shop.confidence, {}, keys, shop.agreed)
-    ranks = held_out_ranks(estimator, shop.confidence, {}, keys, shop.agreed)
-    return _frontier(shop, ranks), estimator.confidence_.model
+    fitted = HeldOutConfidence().fit(shop.confidence, {}, keys, shop.agreed)
+    ranks = fitted.ranks(shop.confidence, {}, keys)
+    return _frontier(shop, ranks), fitted.estimator_.confidence_.model
 
 
 def _frontier(shop: Shop, ranks: NDArray[np.float64]) -> Frontier:
