@@ -14,6 +14,7 @@ import orjson
 
 from gateway.doctor_local import check_configuration, check_disk, check_machine, check_sources
 from gateway.doctor_remote import check_redis, check_teacher
+from gateway.doctor_student import check_students
 from gateway.finding import Finding, Verdict
 from serving.settings import Settings
 
@@ -64,5 +65,7 @@ def print_findings(findings: list[Finding], *, as_json: bool) -> None:
 
 
 async def _remote(settings: Settings, *, ask: bool) -> list[Finding]:
-    teacher, redis = await asyncio.gather(check_teacher(settings, ask=ask), check_redis(settings.cache.url))
-    return [*teacher, *redis]
+    teacher, students, redis = await asyncio.gather(
+        check_teacher(settings, ask=ask), check_students(settings), check_redis(settings.cache.url)
+    )
+    return [*teacher, *students, *redis]

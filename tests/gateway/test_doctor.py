@@ -17,7 +17,18 @@ from pydantic import SecretStr
 
 from gateway.doctor_local import check_configuration, check_disk
 from gateway.doctor_remote import check_redis
-from serving.settings import CacheSettings, ServerSettings, Settings, TeacherSettings
+from gateway.doctor_student import check_students
+from serving.recording import Recorded, Recording
+from serving.settings import (
+    CacheSettings,
+    ServerSettings,
+    Settings,
+    StudentChoice,
+    TaskSettings,
+    TeacherSettings,
+)
+from serving.stand_in import create_stand_in
+from serving.stand_in_call import StandInHttp
 
 Start = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
@@ -199,3 +210,40 @@ def test_a_folder_that_cant_be_written_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (finding,) = check_disk(tmp_path / "file" / "state")
     assert finding.verdict == "problem"
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "waits_s", "verdict", "said"),
+    [
+        (True, 20.0, "ok", "'small' answered in "),
+        (True, 0.0001, "warning", "'small' answered in "),
+        (False, 20.0, "problem", "'small' gives no log-probabilities, so that it can never be trusted"),
+        (None, 20.0, "problem", "'small': the student at 127.0.0.1:9 can't be reached"),
+    ],
+)
+def test_a_student_behind_a_server(
+    serve: Start, logprobs: bool | None, waits_s: float, verdict: str, said: str
+) -> None:
+    row = Recorded("Say yes.", "yes", confidence=0.9 if logprobs else None)
+    url = serve(create_stand_in(Recording(Path("student.csv"), (row,)), model="small"), http=StandInHttp)
+    choice = StudentChoice(
+        kind="lm",
+        base_url="http://127.0.0.1:9/v1" if logprobs is None else f"{url}/v1",
+        model="small",
+        hold_back_s=waits_s,
+    )
+    # The same student of two tasks is asked once, a linear one not at all.
+    tasks = [TaskSettings(name=name, student=choice) for name in ("a", "b")]
+    (found,) = asyncio.run(check_students(Settings(task=[*tasks, TaskSettings(name="c")])))
+    assert (found.check, found.verdict) == ("student", verdict)
+    assert found.said.startswith(said)
+    assert (found.advice is None) == (verdict == "ok")
+
+
+def test_the_command_asks_students(doctor: Start, stand_in: Start) -> None:
+    teacher = stand_in({}, api_key="sk-teacher", default="yes", model="big")
+    student = (
+        '[[task]]\nname = "a"\nstudent = {kind = "lm", base_url = "http://127.0.0.1:9/v1", model = "small"}'
+    )
+    code, out, _ = doctor(config(teacher.url, student), "--json", TEACHER_KEY="sk-teacher")
+    assert (code, verdicts(out)["student"]) == (1, ["problem"])

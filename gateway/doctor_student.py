@@ -1,0 +1,48 @@
+"""What `understudy doctor` checks of students that are asked over HTTP: whether they answer, and say how sure."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from gateway.finding import Finding
+from routers.meter import TokenMeter
+from serving.errors import UnderstudyError
+from serving.exchange import Json
+from serving.lm import LmStudent
+from serving.lm_plan import LmPlan
+from serving.settings import Settings
+
+_QUESTION: Json = {"messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 4}
+
+
+async def check_students(settings: Settings) -> list[Finding]:
+    """Ask each language model of the configuration for four tokens, as requests would ask it."""
+    choices = [
+        settings.task_defaults.student,
+        *(settings.for_task(task.name).student for task in settings.task),
+    ]
+    plans = dict.fromkeys(LmPlan.of(choice) for choice in choices if choice.kind == "lm")
+    return [await _check(plan) for plan in plans]
+
+
+async def _check(plan: LmPlan) -> Finding:
+    began = time.perf_counter()
+    try:
+        student = LmStudent.of(plan, TokenMeter)
+        try:
+            answer = await student.answer(_QUESTION)
+        finally:
+            await student.aclose()
+    except UnderstudyError as error:
+        advice = "start it, or correct the task's student.base_url and student.model; the teacher answers meanwhile"
+        return Finding("student", "problem", f"{plan.model!r}: {error}", advice)
+    took = time.perf_counter() - began
+    if not math.isfinite(answer.score):
+        said = f"{plan.model!r} gives no log-probabilities, so that it can never be trusted"
+        return Finding("student", "problem", said, "use a server that gives them (logprobs), such as vLLM")
+    said = f"{plan.model!r} answered in {took * 1000:.0f} ms, with log-probabilities"
+    if took > plan.hold_back_s:
+        advice = "a faster one, or a longer student.hold_back_s: streamed requests wait that long at most"
+        return Finding("student", "warning", said, advice)
+    return Finding("student", "ok", said)
