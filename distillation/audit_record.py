@@ -41,13 +41,19 @@ class AuditRecord:
 
 
 def audit_record(
-    exchanges: Iterable[Exchange], release: str, *, max_disagreement: float, certainty: float
+    exchanges: Iterable[Exchange],
+    release: str,
+    *,
+    max_disagreement: float,
+    certainty: float,
+    since: float = 0.0,
 ) -> AuditRecord:
     """The record of `release` in a task's exchanges, oldest first.
 
-    The watch is run over them anew, from the first on: where the keeper began it again, its own state says less.
+    The watch is run over them anew, and begins once more with the request that came first after `since` (seconds since
+    the epoch): there the release went live again, or the teacher changed.
     """
-    watch = Watch(max_disagreement, certainty)
+    watch, began = Watch(max_disagreement, certainty), False
     points: list[AuditPoint] = []
     missing = pending = 0
     outcomes: list[bool] = []
@@ -59,10 +65,12 @@ def audit_record(
             continue
         missing += exchange.audit == "missing"
         outcomes.append(exchange.agreement is not True)
+        if exchange.created >= since and not began:
+            watch, began = Watch(max_disagreement, certainty), True
         watch.observe(not outcomes[-1])
-        points.append(AuditPoint(exchange.created, watch.audits, watch.disagreements, watch.evidence))
+        points.append(AuditPoint(exchange.created, len(outcomes), sum(outcomes), watch.evidence))
     return AuditRecord(
-        audits=watch.audits,
+        audits=len(outcomes),
         missing=missing,
         pending=pending,
         disagreement=share(outcomes),

@@ -11,12 +11,13 @@ from collections.abc import Callable
 import numpy as np
 
 from distillation.audit_record import audit_record
-from distillation.dataset import Dataset, build_dataset
+from distillation.dataset import Dataset
 from distillation.evaluation import Admitted, Evaluation, OneRelease, PromiseMade, Rules
 from distillation.judgement import judge
-from distillation.past import PastRelease, read_past
+from distillation.past import Past, PastRelease
 from distillation.release_costs import release_costs
-from distillation.samples import Labelled, judge_recording, read_labels, sample_of
+from distillation.samples import Labelled, LabelSource, LinearSource, judge_recording, sample_of, weigh
+from distillation.watching import came_after, live_of, withdrawal_line
 from routers.coin import audit_rate
 from serving.agreement import comparison
 from serving.errors import DamagedRelease, UnderstudyError, UnknownRelease, UnknownTask
@@ -45,45 +46,58 @@ def evaluate(
     store = ReleaseStore(settings.state_dir)
     name, is_live = _which(store, task, release)
     policy = settings.for_task(task)
-    if policy.agreement.kind == "numeric":
-        raise UnderstudyError(
-            f"answers of task {task} are compared by numeric, which has no normal form: its releases can't be evaluated"
-        )
     comparing = comparison(policy.agreement)
-    past = read_past(store, task, name)
     card = store.read(task, name).card
+    source = _source(settings, store, policy, name, card)
     progress("reading the log")
     read = LogReader(settings.state_dir).exchanges(task)
-    sees = past.student.sees
+    created = _number(card.get("created"))
+    live = live_of(settings, task)
+    fence = live.fence if live is not None and (created or 0.0) > live.fence else 0.0
+    exchanges = came_after(read.exchanges, fence)
     notes: list[str] = []
 
     def note(line: str) -> None:
         notes.append(line)
         progress(line)
 
-    dataset = build_dataset(read.exchanges, comparing, sees)
+    dataset = source.dataset(exchanges)
     progress(f"redoing {name}'s decisions on {len(dataset.rows):,} labels")
-    labelled = read_labels(store, task, dataset, past, note)
+    past, met = source.redo(dataset, read.exchanges, note)
+    labelled = weigh(dataset, past, met)
     log = judge(sample_of(labelled.redone, labelled.weights))
-    created = _number(card.get("created"))
     since = None
     if created is not None and any(row.id not in past.held_out for row in labelled.rows):
-        later = [exchange for exchange in read.exchanges if exchange.created > created]
-        after = read_labels(store, task, build_dataset(later, comparing, sees), past, progress)
+        after = weigh(source.dataset(came_after(exchanges, created)), past, met)
         since = judge(sample_of(after.redone, after.weights))
     on_file, seen = None, 0
     if recording is not None:
         progress(f"answering {len(recording):,} recorded messages")
         fitted_on = {row.text for row in dataset.rows if row.id in past.held_out}
+        if not isinstance(past, PastRelease):
+            raise UnderstudyError(
+                f"a recording can be judged by a student that lies in its release; that of {name} is "
+                f"{card['student']!r}: replay the recording through the gateway instead"
+            )
         on_file, seen = judge_recording(recording, past, comparing, fitted_on, notes)
     promise = PromiseMade(
         _number(card.get("max_disagreement")) or policy.max_disagreement,
         _number(card.get("certainty")) or policy.certainty,
     )
     audits = audit_record(
-        read.exchanges, name, max_disagreement=promise.max_disagreement, certainty=promise.certainty
+        read.exchanges,
+        name,
+        max_disagreement=promise.max_disagreement,
+        certainty=promise.certainty,
+        since=live.since if live is not None and is_live else 0.0,
     )
+    withdrawals = live.withdrawals if live is not None else []
+    notes += [withdrawal_line(taken) for taken in withdrawals if taken.release == name]
     notes += _remarks(labelled, past, card, policy, read.damaged, dataset)
+    if len(exchanges) < len(read.exchanges):
+        notes.append(
+            f"{len(read.exchanges) - len(exchanges):,} exchanges came before a withdrawal, and don't count any more"
+        )
     releases = [_one_release(known, name if is_live else None) for known in store.list(task)]
     certainties = [_number(known.get("certainty")) or policy.certainty for known in store.list(task)]
     return Evaluation(
@@ -121,6 +135,22 @@ def evaluate(
     )
 
 
+def _source(
+    settings: Settings, store: ReleaseStore, policy: TaskSettings, name: str, card: Json
+) -> LabelSource:
+    """What the labels of this release are read and redone by."""
+    task = policy.name
+    if card.get("student") == "lm":
+        from distillation.lm_source import LmSource  # the HTTP client: imported only where a student is asked
+
+        return LmSource(settings, store, task, name)
+    if policy.agreement.kind == "numeric":
+        raise UnderstudyError(
+            f"answers of task {task} are compared by numeric, which has no normal form: {name} can't be evaluated by it"
+        )
+    return LinearSource(store, task, name, comparison(policy.agreement))
+
+
 def _which(store: ReleaseStore, task: str, release: str | None) -> tuple[str, bool]:
     """The release to evaluate, and whether it is live."""
     if task in RESERVED_TASKS:
@@ -143,7 +173,7 @@ def _which(store: ReleaseStore, task: str, release: str | None) -> tuple[str, bo
 
 
 def _remarks(
-    labelled: Labelled, past: PastRelease, card: Json, policy: TaskSettings, damaged: int, dataset: Dataset
+    labelled: Labelled, past: Past, card: Json, policy: TaskSettings, damaged: int, dataset: Dataset
 ) -> list[str]:
     """What a person should know before reading the figures."""
     remarks = []

@@ -37,15 +37,15 @@ class Sample:
     """Answers of one release that can be judged, all arrays of length n.
 
     `ranks` are the log-odds of agreement (−∞: can't be ranked), `barred` says which answers the router passes on
-    whatever their rank, `accepted` which it serves, `keys` what they are. `agreed` is with the teacher; a missing label
-    is False. `weights` are 1/propensity. `student_right` and `teacher_right` are by the truth, None where it isn't
-    known.
+    whatever their rank, `accepted` which it serves, `keys` what they are (None: not to be told apart). `agreed` is with
+    the teacher; a missing label is False. `weights` are 1/propensity. `student_right` and `teacher_right` are by the
+    truth, None where it isn't known.
     """
 
     ranks: Floats
     barred: Bools
     accepted: Bools
-    keys: Sequence[str]
+    keys: Sequence[str | None]
     agreed: Bools
     weights: Floats
     student_right: Bools | None = None
@@ -172,11 +172,7 @@ def judge(sample: Sample) -> Judgement | None:
         frontier=[(float(calls), found.at(calls)) for calls in _CALLS],
         frontier_best=[(float(calls), best.at(calls)) for calls in _CALLS],
         confidences=_confidences(confidence, sample),
-        worst_answers=worst_slices(
-            [key for key, taken in zip(sample.keys, sample.accepted, strict=True) if taken],
-            agreed[sample.accepted],
-            weights[sample.accepted],
-        ),
+        worst_answers=_worst_answers(sample),
     )
 
 
@@ -184,6 +180,14 @@ def probabilities(ranks: Floats) -> Floats:
     """The confidence that each rank stands for, as `routers.confidence.probability` says of one."""
     behind = np.exp(-np.abs(ranks))
     return np.where(ranks >= 0, 1.0, behind) / (1.0 + behind)
+
+
+def _worst_answers(sample: Sample) -> list[Slice]:
+    told = [
+        (place, key) for place, key in enumerate(sample.keys) if key is not None and sample.accepted[place]
+    ]
+    places = np.array([place for place, _ in told], dtype=np.intp)
+    return worst_slices([key for _, key in told], sample.agreed[places], sample.weights[places])
 
 
 def _accuracy(sample: Sample) -> Accuracy | None:

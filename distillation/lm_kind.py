@@ -224,6 +224,23 @@ class LmKind:
         seen_by = release.card.get("redact", [])
         return student_id(LmPlan.load(release.files), seen_by) == self._kept.student
 
+    def release(self, name: str) -> LmRelease:
+        """A release of this very student, by the answers that `prepare` has gathered. Raises as `own` does."""
+        return read_lm_release(self.own(name), self._answered)
+
+    def own(self, name: str) -> Release:
+        """A release of this very student, as it lies on disk.
+
+        Raises UnknownRelease, and DamagedRelease for one of another.
+        """
+        release = self._store.read(self._policy.name, name)
+        if not self._is_own(release):
+            raise DamagedRelease(
+                f"release {name} of task {self._policy.name}: its student is another, or asked otherwise, than student "
+                "says today"
+            )
+        return release
+
     def _read(self, name: str, own: set[str]) -> Past:
         release = self._store.read(self._policy.name, name)
         if release.card.get("student") != "lm":

@@ -43,6 +43,11 @@ class Past(Protocol):
         """The release's router."""
         ...
 
+    @property
+    def held_out(self) -> Mapping[str, tuple[float, str | None]]:
+        """The rank and answer key of each row it was fitted on, by students that weren't; by the rows' ids."""
+        ...
+
     def redo(self, row: Row) -> Redone | None:
         """What the release makes of a row, had it not been fitted on it; None where it can't serve such a request."""
         ...

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
-from distillation.dataset import Dataset, Row
+from distillation.dataset import Dataset, Row, build_dataset
 from distillation.judgement import Floats, Judgement, Sample, judge
-from distillation.past import Past, PastRelease, Redone, propensity_of, redoable
+from distillation.past import Past, PastRelease, Redone, propensity_of, read_past, redoable
 from serving.agreement import Comparison
 from serving.errors import UnderstudyError
-from serving.exchange import Json
+from serving.exchange import Exchange, Json
 from serving.recording import Recorded, Recording
 from serving.releases import ReleaseStore
 from serving.sight import seen_text, unsupported
@@ -30,29 +31,62 @@ class Labelled:
     weights: Floats
 
 
-def read_labels(
-    store: ReleaseStore, task: str, dataset: Dataset, past: Past, note: Callable[[str], None]
-) -> Labelled:
-    """The labels of a task's dataset, judged by the release `past`.
+class LinearSource:
+    """Labels for a release of the kind `linear`, by what its student sees."""
 
-    Leaves out the traffic of releases that can't be read any more (`note` is told) and what `past` can't serve.
-    Raises UnderstudyError where an exchange could never have been labelled.
+    def __init__(self, store: ReleaseStore, task: str, name: str, comparing: Comparison) -> None:
+        self.past = read_past(store, task, name)
+        self._store = store
+        self._task = task
+        self._comparing = comparing
+
+    def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
+        """What of the log this release can be judged on."""
+        return build_dataset(exchanges, self._comparing, self.past.student.sees)
+
+    def redo(
+        self, dataset: Dataset, exchanges: Sequence[Exchange], note: Callable[[str], None]
+    ) -> tuple[Past, Mapping[str, Past]]:
+        """The release, and those that the dataset's traffic met as far as they can be read; `note` hears of others."""
+        return self.past, redoable(self._store, self._task, dataset, note)[0]
+
+
+class LabelSource(Protocol):
+    """Where the labels for one release come from; its kind decides what it takes to redo decisions."""
+
+    def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
+        """What of the log this release can be judged on."""
+        ...
+
+    def redo(
+        self, dataset: Dataset, exchanges: Sequence[Exchange], note: Callable[[str], None]
+    ) -> tuple[Past, Mapping[str, Past]]:
+        """The release, and those that the dataset's traffic met as far as they can be read; `note` hears of others.
+
+        `exchanges` are all there are. Raises UnderstudyError where it can't be judged.
+        """
+        ...
+
+
+def weigh(dataset: Dataset, past: Past, met: Mapping[str, Past]) -> Labelled:
+    """The labels of a dataset, judged by the release `past`.
+
+    Leaves out the traffic of releases that aren't among those `met`, and what `past` can't serve. Raises
+    UnderstudyError where an exchange could never have been labelled.
     """
-    met, usable = redoable(store, task, dataset, note)
-    if not usable.rows:
+    for name in [name for name in dataset.traffic if name is not None and name not in met]:
+        dataset = dataset.without_period(name)
+    if not dataset.rows:
         return Labelled([], [], np.zeros(0))
     try:
-        weights = 1.0 / propensity_of(usable, met)
+        weights = 1.0 / propensity_of(dataset, met)
     except ValueError as error:  # a log that no gateway wrote: each of ours has an audit rate
-        raise UnderstudyError(f"the labels of task {task} can't be weighed: {error}") from error
-    rows, redone, kept = [], [], []
-    for place, row in enumerate(usable.rows):
-        made = past.redo(row)
-        if made is not None:
-            rows.append(row)
-            redone.append(made)
-            kept.append(place)
-    return Labelled(rows, redone, weights[kept])
+        raise UnderstudyError(f"the labels can't be weighed: {error}") from error
+    made = [past.redo(row) for row in dataset.rows]
+    kept = [place for place, one in enumerate(made) if one is not None]
+    return Labelled(
+        [dataset.rows[place] for place in kept], [one for one in made if one is not None], weights[kept]
+    )
 
 
 def sample_of(redone: Sequence[Redone], weights: Floats) -> Sample:
@@ -61,7 +95,7 @@ def sample_of(redone: Sequence[Redone], weights: Floats) -> Sample:
         ranks=np.array([made.rank for made in redone], dtype=np.float64),
         barred=np.array([made.decision.reason not in _BY_RANK for made in redone], dtype=np.bool_),
         accepted=np.array([made.decision.accepted for made in redone], dtype=np.bool_),
-        keys=[made.key or "" for made in redone],
+        keys=[made.key for made in redone],
         agreed=np.array([made.agreed for made in redone], dtype=np.bool_),
         weights=weights,
     )
