@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from gateway import names
 from gateway.auth import Gate
+from gateway.committed_stream import CommittedStream
 from gateway.ledger import Ledger
 from gateway.metrics import Metrics
-from gateway.student_turn import STUDENT, CommittedStream, StudentTurn
+from gateway.student_turn import STUDENT, StudentTurn
 from gateway.tasks import Tasks
 from gateway.turn import Turn
 from serving.chat import completion

@@ -9,6 +9,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
+from gateway.generation import Generation
 from gateway.metrics import Metrics
 from gateway.turn import Turn
 from serving import events
@@ -56,6 +57,12 @@ class Ledger:
     def priced(self, answer: StudentAnswer, seconds: float) -> StudentAnswer:
         """Return the student's answer with what its machine cost for so many seconds."""
         return dataclasses.replace(answer, cost_usd=seconds * self._student_usd_per_s)
+
+    def student_said(self, turn: Turn, generation: Generation) -> None:
+        """Note what has come of a student's answer so far, and what it cost."""
+        answer = generation.answer()
+        if answer.choices:
+            turn.student = self.priced(answer, generation.seconds())
 
     def settle(self, turn: Turn) -> None:
         """Work out and count what the request cost, once its answer is whole, whether or not it arrives.

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
-
-import orjson
 
 from gateway import names
+from gateway.committed_stream import CommittedStream
 from gateway.generation import Generation
 from gateway.ledger import Ledger
 from gateway.live import LiveRelease
@@ -17,13 +15,11 @@ from gateway.metrics import Metrics
 from gateway.turn import Turn
 from routers.foresight import last_text
 from routers.router import Decision
-from serving.chat import completion
-from serving.errors import RequestError, UnderstudyError, UpstreamBroken, UpstreamError
+from serving.errors import RequestError, UpstreamError
 from serving.exchange import Json
 from serving.guarded_student import StudentUnavailable
 from serving.lm_stream import StudentRefused
 from serving.student import StudentStream
-from serving.teacher import Chunk
 
 log = logging.getLogger("understudy.pipeline")
 
@@ -93,7 +89,7 @@ class StudentTurn:
         if turn.generation is None:
             raise RuntimeError("no student is at it")
         turn.route = "student"
-        return CommittedStream(self, turn, turn.generation)
+        return CommittedStream(turn, turn.generation, self._ledger, self._metrics)
 
     async def whole(self, turn: Turn) -> bool:
         """Say whether the student's answer is there, and wait for one that is being finished."""
@@ -101,7 +97,7 @@ class StudentTurn:
             began = time.perf_counter()
             await turn.generation.finished()
             turn.waited_s += time.perf_counter() - began
-            self.note(turn, turn.generation)
+            self._ledger.student_said(turn, turn.generation)
         return turn.student is not None and turn.student.complete
 
     def take_stock(self, turn: Turn) -> None:
@@ -109,33 +105,10 @@ class StudentTurn:
         generation = turn.generation
         if generation is None:
             return
-        self.note(turn, generation)
+        self._ledger.student_said(turn, generation)
         generation.when_finished(
             lambda: self._ledger.completed(turn, generation.answer(), generation.seconds())
         )
-
-    def note(self, turn: Turn, generation: Generation) -> None:
-        """Note what has come of a generation, and what it cost."""
-        answer = generation.answer()
-        if answer.choices:
-            turn.student = self._ledger.priced(answer, generation.seconds())
-
-    def broke_off(self, turn: Turn, error: Exception) -> UpstreamError:
-        """Count an accepted answer that didn't come to its end; return what its client is told."""
-        self._metrics.record_upstream_error(STUDENT, "broken")
-        if not isinstance(error, UnderstudyError):
-            log.error("task %s: the student failed in the middle of its answer", turn.task, exc_info=error)
-        told = error if isinstance(error, UpstreamError) else UpstreamBroken("the student's answer broke off")
-        turn.failure = str(error)
-        return told
-
-    def settle(self, turn: Turn) -> None:
-        """Close the account of an answer that is whole."""
-        self._ledger.settle(turn)
-
-    def give_up(self, turn: Turn) -> None:
-        """Count what an answer cost that nobody gets."""
-        self._ledger.given_up(turn)
 
     async def aclose(self) -> None:
         """Give what is being finished unheard a few seconds."""
@@ -156,7 +129,7 @@ class StudentTurn:
         # What was cut off here is counted neither for nor against the release: how busy a machine is must not decide
         # what counts.
         limit_s = generation.hold_back_s if turn.chat.stream else release.student.patience_s
-        failed = True
+        goes_on = slow = False
         try:
             async with asyncio.timeout(limit_s):
                 decision = await generation.judged(
@@ -165,16 +138,14 @@ class StudentTurn:
                     commits=turn.chat.stream,
                     may_stop=not forced,
                 )
-            failed = False
             goes_on = not generation.over and (forced or decision.accepted or _is_needed(turn))
-        except BaseException as error:
-            goes_on = False
-            failed = isinstance(error, TimeoutError)
+        except TimeoutError:
+            slow = True
             raise
         finally:
             if not goes_on:
-                await generation.stop(failed=failed)
-            self.note(turn, generation)
+                await generation.stop(failed=slow)
+            self._ledger.student_said(turn, generation)
         if goes_on:
             turn.generation = generation
             if not (forced or decision.accepted):
@@ -202,88 +173,6 @@ class StudentTurn:
             log.error("task %s: the student of release %s failed", turn.task, release.name, exc_info=error)
         self._metrics.record_upstream_error(STUDENT, kind)
         return names.REASON_STUDENT_ERROR
-
-
-class CommittedStream:
-    """A student's answer that was accepted before it was whole, while the rest of it is made.
-
-    `completion` is the whole of it, once `chunks` has ended.
-    """
-
-    def __init__(self, students: StudentTurn, turn: Turn, generation: Generation) -> None:
-        self.headers: list[tuple[str, str]] = []
-        self._students = students
-        self._turn = turn
-        self._generation = generation
-
-    async def chunks(self) -> AsyncGenerator[Chunk, None]:
-        """Give the chunks, and at the end settle the turn. Raises UpstreamError when the answer breaks off."""
-        first = True
-        try:
-            async for choices in self._generation.pieces():
-                yield self._chunk(choices, first=first)
-                first = False
-        except Exception as error:
-            self._students.note(self._turn, self._generation)
-            self._students.give_up(self._turn)
-            raise self._students.broke_off(self._turn, error) from error
-        finally:
-            self._students.note(self._turn, self._generation)
-        usage = self._turn.student.usage if self._turn.student else None
-        if usage is not None:
-            data = self._data([], usage=usage)
-            yield Chunk(data, orjson.dumps(data), usage_only=True)
-        self._students.settle(self._turn)
-
-    def completion(self) -> Json:
-        """Put the answer together, once it has ended."""
-        turn = self._turn
-        if turn.student is None or not turn.student.complete:
-            raise RuntimeError("the student's answer isn't whole")
-        return completion(
-            id=f"chatcmpl-{turn.id}",
-            created=int(turn.created),
-            model=turn.chat.model,
-            choices=turn.student.choices,
-            usage=turn.student.usage,
-        )
-
-    async def aclose(self) -> None:
-        """Have the student stop, if it hasn't come to the end."""
-        await self._generation.stop()
-        if not self._generation.over:
-            self._students.note(self._turn, self._generation)
-
-    def _chunk(self, choices: list[Json], *, first: bool) -> Chunk:
-        told = []
-        for choice in choices:
-            delta = choice["delta"]
-            if first and "role" not in delta:
-                delta = {"role": "assistant", **delta}
-            told.append(
-                {
-                    "index": choice["index"],
-                    "delta": delta,
-                    "logprobs": None,
-                    "finish_reason": choice.get("finish_reason"),
-                }
-            )
-        data = self._data(told, usage=None)
-        return Chunk(data, orjson.dumps(data), usage_only=False)
-
-    def _data(self, choices: list[Json], *, usage: Json | None) -> Json:
-        turn = self._turn
-        data: Json = {
-            "id": f"chatcmpl-{turn.id}",
-            "object": "chat.completion.chunk",
-            "created": int(turn.created),
-            # Clients check the model they asked for; who answered stands in the headers.
-            "model": turn.chat.model,
-            "choices": choices,
-        }
-        if turn.chat.wants_usage or usage is not None:
-            data["usage"] = usage
-        return data
 
 
 def _unsupported(turn: Turn, feature: str) -> str:
