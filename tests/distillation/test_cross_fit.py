@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -51,8 +52,12 @@ def test_scores_are_those_of_the_student_that_would_be_served() -> None:
         training, np.array([place[rows[i].answer or ""] for i in training]), known, token_estimate(rows)
     )
     served = type(student).load(student.files())
-    for index in np.flatnonzero(folds == 2):
-        assert served.predict(rows[index].text).score == fitted.scores[index]
+    for index in map(int, np.flatnonzero(folds == 2)):
+        prediction = served.predict(rows[index].text)
+        assert prediction.score == fitted.scores[index]
+        assert prediction.signals == {name: fitted.signals[name][index] for name in fitted.signals}
+        of_its_answer = sum(rows[i].answer == fitted.predicted[index] for i in training)
+        assert prediction.signals["seen"] == math.log1p(of_its_answer)
 
 
 def test_the_seed_deals_the_folds() -> None:

@@ -341,6 +341,12 @@ DAMAGE: dict[str, Callable[[Files], Files]] = {
     "a key is a number": lambda f: with_answers(
         f, answers=[{**a, "key": 1} for a in orjson.loads(f[ANSWERS_FILE])["answers"]]
     ),
+    "seen less than never": lambda f: with_answers(
+        f, answers=[{**a, "seen": -1} for a in orjson.loads(f[ANSWERS_FILE])["answers"]]
+    ),
+    "seen is null": lambda f: with_answers(
+        f, answers=[{**a, "seen": None} for a in orjson.loads(f[ANSWERS_FILE])["answers"]]
+    ),
     "no token estimate": lambda f: with_answers(f, tokens=None),
     "token estimate is text": lambda f: with_answers(f, tokens={"fixed": "nan", "per_character": 1}),
 }
@@ -352,6 +358,17 @@ class TestDamage:
         with pytest.raises(DamagedRelease) as raised:
             LinearStudent.load(damage(student.files()))
         assert "\n" not in str(raised.value)
+
+    def test_one_of_before_answers_were_counted_still_answers(self, student: LinearStudent) -> None:
+        files = student.files()
+        answers = [
+            {name: value for name, value in answer.items() if name != "seen"}
+            for answer in orjson.loads(files[ANSWERS_FILE])["answers"]
+        ]
+        loaded, text = LinearStudent.load(with_answers(files, answers=answers)), "where is my card"
+        now, before = student.predict(text), loaded.predict(text)
+        assert (before.index, before.score, before.probability) == (now.index, now.score, now.probability)
+        assert before.signals["seen"] == 0.0 < now.signals["seen"]
 
     def test_a_pickle_isnt_run(self, student: LinearStudent, tmp_path: Any) -> None:
         witness = tmp_path / "ran"
