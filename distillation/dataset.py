@@ -31,7 +31,8 @@ class Row:
     """One labelled exchange. `answer` is the normal form of the teacher's answer, None if it is missing.
 
     `text` is what the student to be sees of `request`; a past release may see it otherwise. `created` is in seconds
-    since the epoch; `accepted` says whether the client got the student's answer.
+    since the epoch; `accepted` says whether the client got the student's answer. `propensity` is the exchange's own,
+    `least_propensity` the smallest that any could have had then.
     """
 
     id: str
@@ -45,6 +46,8 @@ class Row:
     request: Json | None = field(default=None, compare=False, repr=False)
     created: float = field(default=0.0, compare=False)
     accepted: bool = field(default=False, compare=False)
+    propensity: float = field(default=1.0, compare=False)
+    least_propensity: float = field(default=1.0, compare=False)
 
 
 @dataclass(slots=True)
@@ -140,6 +143,8 @@ def build_dataset(
                 request=exchange.request,
                 created=exchange.created,
                 accepted=exchange.by_student,
+                propensity=exchange.audit_rate if exchange.by_student else 1.0,
+                least_propensity=1.0 if exchange.release is None else exchange.audit_rate or 1.0,
             )
         )
     return dataset

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from routers.promise import Promise
 from routers.router import Router
 from serving.agreement import comparison
 from serving.exchange import Json
+from serving.linear import LinearStudent
 from serving.settings import TaskPolicy
 
 R_co = TypeVar("R_co", bound=Past, covariant=True)
@@ -84,15 +86,22 @@ def take_look(
     """
     fitted = cross_fit(dataset.rows, seed=seed, sees=policy.student.sees, progress=progress)
 
-    def release(router: Router, held_out: HeldOut, _: float | None, ahead: Ahead) -> PastRelease:
-        known = {
-            id: (rank, key) for id, (rank, key) in held_out.items() if key is not None and np.isfinite(rank)
-        }
-        return PastRelease(fitted.student, router, known, ahead)
-
+    release = partial(linear_release, fitted.student)
     return judge(
         dataset, fitted, release, past, policy, number=number, seed=seed, stakes=stakes, progress=progress
     )
+
+
+def linear_release(
+    student: LinearStudent,
+    router: Router,
+    held_out: HeldOut,
+    _: float | None = None,
+    ahead: Ahead | None = None,
+) -> PastRelease:
+    """A release of a linear student. Rows that can't be accepted aren't remembered."""
+    known = {id: (rank, key) for id, (rank, key) in held_out.items() if key is not None and np.isfinite(rank)}
+    return PastRelease(student, router, known, ahead or Ahead())
 
 
 def judge(
@@ -117,7 +126,7 @@ def judge(
     delta = spent(number, 1.0 - policy.certainty)
     terms = answer_terms(policy)
     progress("fitting its confidence")
-    held_out_confidence = _held_out(fitted, 1.0 / propensity, seed)
+    held_out_confidence = rank_held_out(fitted, 1.0 / propensity, seed)
     estimator = held_out_confidence.estimator_
     ranks = held_out_confidence.ranks(fitted.scores, fitted.signals, fitted.predicted)
     hopeless = find_hopeless(
@@ -144,10 +153,7 @@ def judge(
     candidate, coverage = None, None
     if verdict.passed:
         coverage = float(np.average(verdict.accepted, weights=1.0 / propensity))
-        held_out = {
-            row.id: (float(rank), key)
-            for row, rank, key in zip(dataset.rows, ranks, fitted.predicted, strict=True)
-        }
+        held_out = held_out_of(dataset, ranks, fitted)
         router = Router(
             estimator.confidence_,
             verdict.rank_threshold,
@@ -173,12 +179,20 @@ def judge(
     )
 
 
-def _held_out(fitted: Scored, weights: NDArray[np.float64], seed: int) -> HeldOutConfidence:
+def rank_held_out(fitted: Scored, weights: NDArray[np.float64], seed: int) -> HeldOutConfidence:
     """The confidence to be released, and those that rank rows whose labels they haven't seen."""
     with threadpool_limits(1):  # small matrices: threads that wait for one another cost more than they save
         return HeldOutConfidence(seed=seed).fit(
             fitted.scores, fitted.signals, fitted.predicted, fitted.agreed, weights
         )
+
+
+def held_out_of(dataset: Dataset, ranks: NDArray[np.float64], fitted: Scored) -> HeldOut:
+    """How the dataset's rows were ranked and answered, by their ids."""
+    return {
+        row.id: (float(rank), key)
+        for row, rank, key in zip(dataset.rows, ranks, fitted.predicted, strict=True)
+    }
 
 
 def answer_terms(policy: TaskPolicy) -> AnswerTerms:

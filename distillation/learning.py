@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from distillation.candidate import Candidate, CandidateFile
 from distillation.dataset import Dataset, Row
 from distillation.due import not_due
 from distillation.journal import LearningElsewhere, LookJournal
@@ -25,6 +27,9 @@ from serving.log import LogReader
 from serving.releases import ReleaseStore
 from serving.settings import RESERVED_TASKS, Settings, TaskSettings
 from serving.student_answers import ErasedMeanwhile
+
+if TYPE_CHECKING:
+    from distillation.gate import Look  # scikit-learn: imported only where something is fitted
 
 CARD_SCHEMA = 1
 
@@ -98,6 +103,13 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         fence = live.fence if live is not None else 0.0
         exchanges = came_after(reader.exchanges(task).exchanges, fence)
         dataset = kind.dataset(exchanges)
+        candidates = CandidateFile(settings.state_dir, task)
+        betting = policy.admission == "e-process"
+        candidate = candidates.read(policy) if betting else None
+        if candidate is not None and candidate.after > fence:
+            lesson = _bet(settings, task, candidate, candidates, dataset, journal, policy, fence)
+            if lesson.release is not None or not candidate.exhausted(len(dataset.rows)):
+                return lesson
         waiting = not_due(dataset, journal.past(), policy, fence=fence)
         past: Mapping[str, Past] = {}
         if waiting is None:
@@ -114,6 +126,9 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
             if live is not None and live.release is None and live.withdrawals:
                 message += f". {withdrawal_line(live.withdrawals[-1])}; only labels from then on count"
             return Lesson(task, outcome, message, labels, waiting.needed)
+        if betting:
+            last = max(one.created for one in exchanges)
+            return _freeze(task, candidates, dataset, past, journal, policy, last, progress)
         stakes = stakes_of(exchanges, kind.seconds(exchanges), settings.student)
         return _look(settings, task, kind, dataset, past, journal, policy, stakes, fence, progress)
 
@@ -155,28 +170,97 @@ def _look(
     )
     card = report_card(look, dataset, policy, releases_so_far=len(store.list(task)))
     card |= kind.remarks(dataset, look)
-    release, outcome, too_late = None, "held", None
-    if look.candidate is not None:
-        # Also where it answers less than what is live: keeping the widest would keep the luckiest, since what it
-        # answers is hardly labelled any more (docs/lab-notes.md).
-        card_on_disk = {
-            "schema": CARD_SCHEMA,
-            "created": time.time(),
-            "redact": sorted(settings.log.redact),
-            "labels_since": fence or None,
-            **card,
-        }
-        release, outcome = store.write(task, look.candidate.files(), card_on_disk), "released"
-        try:
-            store.set_live(task, release, fence=fence)
-        except WithdrawnMeanwhile as error:
-            release, outcome, too_late = None, "held", str(error)
+    release, outcome, too_late = _publish(settings, task, look, card, fence)
     journal.end(
         serial, number, labels, {"outcome": outcome, "release": release, "coverage": card["coverage"]}
     )
     needed = labels_needed(journal.past(), policy.max_disagreement, policy.certainty, fence=fence)
     message = too_late or _message(outcome, release, card, policy) + _waiting_time(dataset.rows, needed)
     return Lesson(task, outcome, message, labels, needed, release, card)
+
+
+def _publish(
+    settings: Settings, task: str, look: Look[Past], card: Json, fence: float
+) -> tuple[str | None, str, str | None]:
+    """Make the look's candidate a release and live, if it has one: its name, the outcome, and what came between."""
+    if look.candidate is None:
+        return None, "held", None
+    store = ReleaseStore(settings.state_dir)
+    # Also where it answers less than what is live: keeping the widest would keep the luckiest, since what it
+    # answers is hardly labelled any more (docs/lab-notes.md).
+    card_on_disk = {
+        "schema": CARD_SCHEMA,
+        "created": time.time(),
+        "redact": sorted(settings.log.redact),
+        "labels_since": fence or None,
+        **card,
+    }
+    release = store.write(task, look.candidate.files(), card_on_disk)
+    try:
+        store.set_live(task, release, fence=fence)
+    except WithdrawnMeanwhile as error:
+        return None, "held", str(error)
+    return release, "released", None
+
+
+def _freeze(
+    task: str,
+    candidates: CandidateFile,
+    dataset: Dataset,
+    past: Mapping[str, Past],
+    journal: LookJournal,
+    policy: TaskSettings,
+    last: float,
+    progress: Progress,
+) -> Lesson:
+    """Fix a candidate by what the log held up to `last`. What it may spend is spent with that."""
+    from distillation.betting import freeze  # scikit-learn: imported only where something is fitted
+
+    labels, number = len(dataset.rows), next_look(journal.past())
+    serial = journal.begin(number, labels)
+    candidate = freeze(
+        dataset,
+        past,
+        policy,
+        number=number,
+        serial=serial,
+        after=last,
+        progress=lambda step: progress(f"{task}: {step} ({labels} labels)"),
+    )
+    candidates.write(candidate, policy)
+    message = f"candidate {number} is fixed, by {labels} labels; those that come from now on test it"
+    return Lesson(task, "held", message, labels, labels + 1)
+
+
+def _bet(
+    settings: Settings,
+    task: str,
+    candidate: Candidate,
+    candidates: CandidateFile,
+    dataset: Dataset,
+    journal: LookJournal,
+    policy: TaskSettings,
+    fence: float,
+) -> Lesson:
+    """What the labels since say of the candidate; a level that passed goes live."""
+    from distillation.betting import peek
+    from distillation.report import report_card
+
+    look = peek(candidate, dataset, policy)
+    card = report_card(
+        look, dataset, policy, releases_so_far=len(ReleaseStore(settings.state_dir).list(task))
+    )
+    release, outcome, too_late = _publish(settings, task, look, card, fence)
+    if look.candidate is not None and release is not None:
+        candidates.write(replace(candidate, served=look.candidate.router), policy)
+        result = {"outcome": outcome, "release": release, "coverage": card["coverage"]}
+        journal.end(candidate.serial, candidate.number, candidate.labels, result)
+    message = too_late or _message(outcome, release, card, policy)
+    if outcome == "held" and look.verdict.passed:
+        message = "what has passed is out already; the next level hasn't yet"
+    message += f" ({look.labels} labels since candidate {candidate.number} was fixed)"
+    labels = len(dataset.rows)
+    return Lesson(task, outcome, message, labels, labels + 1, release, card)
 
 
 def _message(outcome: str, release: str | None, card: Json, policy: TaskSettings) -> str:

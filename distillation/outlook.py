@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from distillation.dataset import Row
 from routers.admission import AnswerTerms, Verdict
-from routers.promise import Admission
+from routers.promise import Admission, binomial_tail
 from routers.shortfall import labels_short
 from serving.exchange import Json
 
@@ -54,11 +54,16 @@ def labels_per_hour(rows: Sequence[Row]) -> float | None:
 
 
 def shortfalls(
-    verdict: Verdict, terms: AnswerTerms, max_disagreement: float, next_delta: float, rows: Sequence[Row]
+    verdict: Verdict,
+    terms: AnswerTerms,
+    max_disagreement: float,
+    next_delta: float,
+    rows: Sequence[Row],
+    p_value: Callable[[int, int, float], float] = binomial_tail,
 ) -> list[Shortfall]:
     """What is short of labels: all answers but the named ones if none of their levels passed, and each unproven one.
 
-    `next_delta` is what all tests of the next look may spend together.
+    `next_delta` is what all tests of the next look may spend together, `p_value` the test (`labels_short`).
     """
     whole_delta, named_delta = terms.shares(next_delta)
     per_hour = labels_per_hour(rows)
@@ -66,7 +71,7 @@ def shortfalls(
     def short(answer: str | None, test: Admission, bound: float, delta: float, given: int) -> Shortfall:
         tested = [level for level in test.levels if level.p_value is not None] or test.levels
         accepted, wrong = (tested[-1].accepted, tested[-1].disagreements) if tested else (0, 0)
-        clean, same = labels_short(accepted, wrong, bound, delta)
+        clean, same = labels_short(accepted, wrong, bound, delta, p_value)
         accepted_per_hour = None if per_hour is None else per_hour * accepted / len(rows)
 
         def hours(labels: int | None) -> float | None:

@@ -126,20 +126,20 @@ class PastRelease:
 
 def read_past(store: ReleaseStore, task: str, name: str) -> PastRelease:
     """A release of the store. Raises UnknownRelease or DamagedRelease."""
-    release = store.read(task, name)
+    return past_of(store.read(task, name).files, f"release {name} of task {task}")
+
+
+def past_of(files: Mapping[str, bytes], what: str) -> PastRelease:
+    """What `PastRelease.files` wrote. `what` names it in the DamagedRelease that is raised if it can't be read."""
     try:
-        held_out = {
-            id: (float(s), str(k)) for id, (s, k) in orjson.loads(release.files[HELD_OUT_FILE]).items()
-        }
-        router = Router.load(release.files[ROUTER_FILE])
-        if orjson.loads(release.files[ROUTER_FILE])["schema"] == SCORE_SCHEMA:
+        held_out = {id: (float(s), str(k)) for id, (s, k) in orjson.loads(files[HELD_OUT_FILE]).items()}
+        router = Router.load(files[ROUTER_FILE])
+        if orjson.loads(files[ROUTER_FILE])["schema"] == SCORE_SCHEMA:
             # Such a release remembers scores; its confidence turns them into ranks.
             held_out = {id: (router.confidence.rank(s, {}, k), k) for id, (s, k) in held_out.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DamagedRelease(
-            f"release {name} of task {task}: {HELD_OUT_FILE} can't be read: {error}"
-        ) from error
-    return PastRelease(LinearStudent.load(release.files), router, held_out, Ahead.read(release.files))
+        raise DamagedRelease(f"{what}: {HELD_OUT_FILE} can't be read: {error}") from error
+    return PastRelease(LinearStudent.load(files), router, held_out, Ahead.read(files))
 
 
 def redoable(

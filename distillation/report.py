@@ -9,7 +9,9 @@ from distillation.dataset import Dataset
 from distillation.gate import Look
 from distillation.outlook import labels_per_hour, shortfalls
 from distillation.past import Past
+from routers.evalues import betting_tail
 from routers.looks import spent, unseen_chance
+from routers.promise import binomial_tail
 from serving.exchange import Json
 from serving.settings import TaskPolicy
 
@@ -26,7 +28,9 @@ def report_card(look: Look[Past], dataset: Dataset, policy: TaskPolicy, *, relea
     releases = releases_so_far + (look.candidate is not None)
     router = look.candidate.router if look.candidate is not None else None
     verdict = look.verdict
-    next_delta = spent(1 if look.candidate is not None else look.number + 1, delta)
+    next_delta, p_value = spent(1 if look.candidate is not None else look.number + 1, delta), binomial_tail
+    if policy.admission == "e-process":
+        next_delta, p_value = look.delta, betting_tail  # the same bets go on
     standings = Counter(one.standing for one in verdict.slices)
     models = Counter(row.teacher_model for row in dataset.rows if row.teacher_model is not None)
     return {
@@ -34,6 +38,7 @@ def report_card(look: Look[Past], dataset: Dataset, policy: TaskPolicy, *, relea
         "agreement_kind": policy.agreement.kind,
         "max_disagreement": policy.max_disagreement,
         "certainty": policy.certainty,
+        "admission": policy.admission,
         "look": look.number,
         "delta": look.delta,
         "labels": look.labels,
@@ -61,7 +66,9 @@ def report_card(look: Look[Past], dataset: Dataset, policy: TaskPolicy, *, relea
         "labels_per_hour": labels_per_hour(dataset.rows),
         "short": [
             one.to_json()
-            for one in shortfalls(verdict, look.terms, policy.max_disagreement, next_delta, dataset.rows)
+            for one in shortfalls(
+                verdict, look.terms, policy.max_disagreement, next_delta, dataset.rows, p_value
+            )
         ],
         "always_escalate": sorted(look.terms.always_escalate),
         "slices": [asdict(one) for one in verdict.slices[:_MOST_SLICES]],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from distillation.betting import freeze, peek
+from distillation.candidate import Candidate
 from distillation.dataset import Row, build_dataset, known_answers
 from distillation.due import not_due
 from distillation.gate import take_look
@@ -53,9 +55,12 @@ class SimulatedLearner:
     stakes: Stakes | None = None
     looks: list[PastLook] = field(default_factory=list)
     releases: dict[str, PastRelease] = field(default_factory=dict)
+    candidate: Candidate | None = None
 
     def learn(self, exchanges: Sequence[Exchange]) -> tuple[str, LiveStudent] | None:
-        """A new release if a look is due and passes."""
+        """A new release if a look is due and passes, or one level more of the candidate."""
+        if self.policy.admission == "e-process":
+            return self._bet(exchanges)
         most = sum(one.teacher is not None or one.audit == "missing" for one in exchanges)
         if most < labels_needed(self.looks, self.policy.max_disagreement, self.policy.certainty):
             return None  # as `not_due` will say, but without reading the whole log
@@ -72,11 +77,33 @@ class SimulatedLearner:
             stakes=self.stakes,
         )
         self.looks.append(PastLook(number, look.labels, look.candidate is not None))
-        if look.candidate is None:
-            return None
+        return None if look.candidate is None else self._release(look.candidate)
+
+    def _bet(self, exchanges: Sequence[Exchange]) -> tuple[str, LiveStudent] | None:
+        dataset = build_dataset(exchanges, comparison(self.policy.agreement), self.policy.student.sees)
+        if self.candidate is not None:
+            look = peek(self.candidate, dataset, self.policy)
+            if look.candidate is not None:
+                self.candidate = replace(self.candidate, served=look.candidate.router)
+                self.looks[-1] = replace(self.looks[-1], released=True)
+                return self._release(look.candidate)
+        spare = self.candidate is None or self.candidate.exhausted(len(dataset.rows))
+        if spare and not_due(dataset, self.looks, self.policy) is None:
+            self.candidate = freeze(
+                dataset,
+                self.releases,
+                self.policy,
+                number=next_look(self.looks),
+                serial=self.seed + len(self.looks),
+                after=exchanges[-1].created,
+            )
+            self.looks.append(PastLook(self.candidate.number, len(dataset.rows), False))
+        return None
+
+    def _release(self, release: PastRelease) -> tuple[str, LiveStudent]:
         name = f"r{len(self.releases) + 1:04d}"
-        self.releases[name] = look.candidate
-        return name, SimulatedRelease(look.candidate)
+        self.releases[name] = release
+        return name, SimulatedRelease(release)
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,7 @@ class Promise:
         delta = 1.0 - self.certainty
         levels: list[Level] = []
         best: Level | None = None
-        for cut in _cuts(scores, chances, COVERAGES if grid is None else grid):
+        for cut in cuts(scores, chances, COVERAGES if grid is None else grid):
             considered = served = scores >= cut
             enough = int((kept & served).sum()) >= self.least_accepted
             if refused is not None:
@@ -173,7 +173,7 @@ def binomial_tail(disagreements: int, accepted: int, alpha: float) -> float:
     return min(1.0, math.exp(largest) * float(np.exp(log_terms - largest).sum()))
 
 
-def _cuts(scores: Floats, chances: Floats, grid: Sequence[float]) -> list[float]:
+def cuts(scores: Floats, chances: Floats, grid: Sequence[float]) -> list[float]:
     """The score at each coverage, by the labels' share of the traffic (weight 1/propensity); equal ones once.
 
     Where less than a coverage has a finite score, the cut is the lowest of them.
@@ -183,14 +183,14 @@ def _cuts(scores: Floats, chances: Floats, grid: Sequence[float]) -> list[float]
     weights = 1.0 / chances[order]
     share = np.cumsum(weights) / weights.sum()
     usable = int(np.isfinite(ranked).sum())
-    cuts: list[float] = []
+    found: list[float] = []
     for coverage in grid:
         if not 0.0 < coverage <= 1.0:
             raise ValueError(f"a coverage must lie in (0, 1], got {coverage}")
         place = min(int(np.searchsorted(share, coverage - 1e-9)), usable - 1)
-        if place >= 0 and (not cuts or ranked[place] < cuts[-1]):
-            cuts.append(float(ranked[place]))
-    return cuts
+        if place >= 0 and (not found or ranked[place] < found[-1]):
+            found.append(float(ranked[place]))
+    return found
 
 
 def _booleans(agreed: ArrayLike) -> Bools:

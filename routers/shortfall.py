@@ -11,21 +11,23 @@ MOST = 10_000_000
 
 
 def labels_short(
-    accepted: int, disagreements: int, max_disagreement: float, delta: float
+    accepted: int,
+    disagreements: int,
+    max_disagreement: float,
+    delta: float,
+    p_value: Callable[[int, int, float], float] = binomial_tail,
 ) -> tuple[int | None, int | None]:
     """The accepted labels that are missing for p ≤ `delta`: if all of them agree, and if as many disagree as so far.
 
     None for what won't come about: at a rate of `max_disagreement` or above no number is enough, and without a label
-    there is no rate. Above `MOST` it is None, too.
+    there is no rate. Above `MOST` it is None, too. `p_value` is the test's: of disagreements, labels and α.
     """
-    clean = _least(lambda more: binomial_tail(disagreements, accepted + more, max_disagreement) <= delta)
+    clean = _least(lambda more: p_value(disagreements, accepted + more, max_disagreement) <= delta)
     if accepted == 0 or disagreements >= max_disagreement * accepted:
         return clean, None
     rate = disagreements / accepted
     same = _least(
-        lambda more: (
-            binomial_tail(disagreements + round(rate * more), accepted + more, max_disagreement) <= delta
-        )
+        lambda more: p_value(disagreements + round(rate * more), accepted + more, max_disagreement) <= delta
     )
     return clean, same
 

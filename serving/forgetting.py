@@ -28,8 +28,8 @@ from serving.errors import DamagedRelease, UnknownRelease
 from serving.events import EVENT_ID, decode
 from serving.exchange import Json
 from serving.forgotten import read_forgotten, write_forgotten
-from serving.layout import task_names
-from serving.releases import HELD_OUT_FILE, SKIPPED_FILE, ReleaseStore
+from serving.layout import task_directory, task_names
+from serving.releases import CANDIDATE_FILE, HELD_OUT_FILE, SKIPPED_FILE, ReleaseStore
 from serving.removed import clear_unfinished, read_removed, removing_alone, unfinished, write_removed
 from serving.segment_digest import DIGEST_SUFFIX, audited_release
 from serving.segments import OPEN_SUFFIX, events_directory, seal_abandoned, segment_lines, segment_paths
@@ -264,6 +264,9 @@ class _Forgetting:
                     erased.releases[name] = max(trained_on, erased.releases.get(name, 0))
                 if change and trained_on:
                     store.rewrite(task, name, kept)
+            if change:
+                # Learning fixes another, by what is left.
+                self._disk.remove(task_directory(self._state_dir, task) / CANDIDATE_FILE)
 
     def erase_student_answers(self, *, change: bool) -> None:
         """Erase what a student answered to them when learning asked it (serving.student_answers)."""

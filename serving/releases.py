@@ -27,6 +27,9 @@ from serving.exchange import Json
 from serving.layout import task_directory, task_names
 from serving.live import RELEASE_NAME, Cause, Live, Withdrawal, parse_live
 
+CANDIDATE_FILE = "candidate.json"
+"""The file of a task that holds a student which is being tested by the labels that come in, beside its releases."""
+
 HELD_OUT_FILE = "held_out.json"
 """The file of a release that remembers, by the ids of its exchanges, what the release was fitted on."""
 

@@ -407,6 +407,10 @@ class TaskPolicy(Section):
     agreement: AgreementChoice = AgreementChoice()
     max_disagreement: float = Field(0.05, gt=0, lt=1)
     certainty: float = Field(0.9, gt=0, lt=1)
+    admission: Literal["looks", "e-process"] = Field(
+        "looks",
+        description="how the promise is tested: now and then by all labels, or by those to come, at any time",
+    )
     audit_rate: float | None = Field(None, gt=0, le=1, description="absent: 5 %, then 2 % (STATISTICS.md §2)")
     always_escalate: list[str] = Field(
         default=[], description="student answers that always go to the teacher"
@@ -422,8 +426,13 @@ class TaskPolicy(Section):
     )
 
 
-def _check_prove(policy: TaskPolicy, where: str = "") -> None:
-    """Raise ValueError where a named answer may disagree more than all: it would loosen what is promised of them."""
+def _check_task(policy: TaskPolicy, where: str = "") -> None:
+    """Raise ValueError for keys that contradict each other.
+
+    A named answer may not disagree more than all may: it would loosen what is promised of them.
+    """
+    if policy.admission == "e-process" and policy.student.kind != "linear":
+        raise ValueError(f'{where}admission = "e-process" tests students of kind "linear" only, so far')
     for answer, bound in policy.prove.items():
         if bound > policy.max_disagreement:
             raise ValueError(
@@ -471,7 +480,7 @@ class Settings(BaseSettings):
     @field_validator("task_defaults")
     @classmethod
     def _defaults_hold_named_answers_to_more(cls, value: TaskPolicy) -> TaskPolicy:
-        _check_prove(value)
+        _check_task(value)
         return value
 
     @field_validator("task")
@@ -483,7 +492,7 @@ class Settings(BaseSettings):
         if isinstance(defaults, TaskPolicy):  # else what is wrong with it is said
             for task in value:
                 given = {**defaults.model_dump(exclude_unset=True), **task.model_dump(exclude_unset=True)}
-                _check_prove(TaskSettings(**given), f"task {task.name}: ")
+                _check_task(TaskSettings(**given), f"task {task.name}: ")
         return value
 
     @classmethod

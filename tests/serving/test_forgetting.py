@@ -20,7 +20,7 @@ from serving.exchange import Exchange, Json
 from serving.forgetting import Whose, forget
 from serving.forgotten import read_forgotten
 from serving.log import LogReader
-from serving.releases import ReleaseStore
+from serving.releases import CANDIDATE_FILE, ReleaseStore
 
 Start = Callable[..., Any]
 
@@ -159,6 +159,18 @@ def test_releases_made_since_are_named_and_forget_what_they_were_fitted_on(tmp_p
     assert (left.files["student.npz"], left.card["created"]) == (b"weights", 2000.0)
     assert store.names("t") == (before, fitted, since)
     assert b"answer 1" not in everything(tmp_path)
+
+
+def test_a_candidate_that_may_have_learned_from_them_goes(tmp_path: Path) -> None:
+    segment(tmp_path, "one.jsonl", exchange("mine", "a" * 16))
+    segment(tmp_path, "two.jsonl", exchange("other", "b" * 16), task="u")
+    candidates = [tmp_path / "tasks" / task / CANDIDATE_FILE for task in "tu"]
+    for candidate in candidates:
+        candidate.write_bytes(b"{}")
+    forget(tmp_path, Whose(tenant="a" * 16), dry_run=True)
+    assert [one.exists() for one in candidates] == [True, True]
+    forget(tmp_path, Whose(tenant="a" * 16), noticed_within_s=0.0)
+    assert [one.exists() for one in candidates] == [False, True]
 
 
 def test_a_release_that_cant_be_looked_into_is_said(tmp_path: Path) -> None:

@@ -279,12 +279,17 @@ def test_one_pair_of_brackets_is_not_enough_for_a_task(tmp_path: Path) -> None:
             "[task_defaults]\nprove = {refund = 0.04}\n[[task]]\nname = 'a'\nmax_disagreement = 0.03",
             "task a: prove lets 0.04 of the answers 'refund' disagree, but max_disagreement is 0.03",
         ),
+        (
+            "[[task]]\nname = 'a'\nadmission = 'e-process'\n[task.student]\nkind = 'lm'\nmodel = 'm'\n"
+            "base_url = 'http://127.0.0.1:1/v1'",
+            'task a: admission = "e-process" tests students of kind "linear" only',
+        ),
         ("[[task]]\nname = 'a'\n[task.prove]\nrefund = 0.0", "greater than 0"),
         ("[[task]]\nname = 'a'\n[task.prove]\nrefund = 'never'", "should be a number"),
         ("[[task]]\nname = 'a'\nprove = ['refund']", "prove"),
     ],
 )
-def test_bounds_of_named_answers_that_cant_be_are_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_keys_of_a_task_that_contradict_each_other_are_refused(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "understudy.toml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
