@@ -327,12 +327,12 @@ def evaluate(
     from serving.recording import read_recording
 
     settings = load_settings(config)
-    write_page = page_writer() if html is not None else None  # what is missing for it is said at once
+    write_page = page_writer(html) if html is not None else None  # what is missing for it is said at once
     recording = read_recording(file) if file is not None else None
     with progress_line(json, "evaluating") as progress:
         evaluation = evaluate_release(settings, task, release, recording, progress=progress)
-    if write_page is not None and html is not None:
-        write_page(evaluation, html)
+    if write_page is not None:
+        write_page(evaluation)
     if json:
         print_json(evaluation.to_json())
     else:

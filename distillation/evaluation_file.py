@@ -10,11 +10,14 @@ from distillation.evaluation import Evaluation
 from serving.errors import UnderstudyError
 
 
-def page_writer() -> Callable[[Evaluation, Path], None]:
-    """What writes an evaluation's page to a file, whole or not at all.
+def page_writer(path: Path) -> Callable[[Evaluation], None]:
+    """What writes an evaluation's page to `path`, whole or not at all.
 
-    Raises UnderstudyError where matplotlib isn't installed, and the writer OSError as the disk does.
+    Raises UnderstudyError where matplotlib isn't installed or there is no such folder, and the writer OSError as the
+    disk does.
     """
+    if not path.parent.is_dir():
+        raise UnderstudyError(f"there is no folder {path.parent} to write {path.name} into")
     try:
         from distillation.evaluation_page import evaluation_page
     except ModuleNotFoundError as error:
@@ -25,7 +28,7 @@ def page_writer() -> Callable[[Evaluation, Path], None]:
             "tables and --json need nothing"
         ) from error
 
-    def write(evaluation: Evaluation, path: Path) -> None:
+    def write(evaluation: Evaluation) -> None:
         page = evaluation_page(evaluation)
         temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
         try:

@@ -16,7 +16,7 @@ from serving.errors import UnderstudyError
 from serving.exchange import Exchange, Json
 from serving.recording import Recorded, Recording
 from serving.releases import ReleaseStore
-from serving.sight import seen_text, unsupported
+from serving.sight import seen_text
 
 _BY_RANK = ("confident", "low_confidence")
 """Reasons of the router that speak of the rank alone; any other is a rule that no rank overcomes."""
@@ -112,17 +112,18 @@ def judge_recording(
     redone: list[Redone] = []
     right: list[tuple[bool, bool]] = []
     seen = no_gold = 0
-    for recorded in recording.rows:
-        text = _seen(recorded, past)
-        if text in fitted_on:
+    for number, recorded in enumerate(recording.rows):
+        row = _row(number, recorded, past, comparing)
+        if row.text in fitted_on:
             seen += 1
             continue
-        rank, key = past.rank(text)
-        teacher = _key(comparing, recorded.teacher, recorded.tool_calls)
-        redone.append(Redone(rank, key, key == teacher, past.router.judge(rank, key)))
+        made = past.redo(row)
+        if made is None:
+            raise UnderstudyError(f"this student can't answer messages as they stand in {recording.path}")
+        redone.append(made)
         gold = _key(comparing, recorded.gold, None)
         no_gold += recorded.gold is None
-        right.append((key == gold, teacher == gold))
+        right.append((made.key == gold, row.answer == gold))
     if seen:
         notes.append(
             f"{seen:,} rows of {recording.path} are left out: the release was fitted on the same messages"
@@ -137,12 +138,20 @@ def judge_recording(
     return judge(replace(sample, student_right=student, teacher_right=teacher_right)), seen
 
 
-def _seen(recorded: Recorded, past: PastRelease) -> str:
+def _row(number: int, recorded: Recorded, past: PastRelease, comparing: Comparison) -> Row:
+    """A recorded message as if it had been a request to the teacher."""
     request: Json = {"messages": [{"role": "user", "content": recorded.text}]}
-    feature = unsupported(request, past.student.sees)
-    if feature is not None:
-        raise UnderstudyError(f"this student can't answer the messages of a recording: {feature}")
-    return seen_text(request, past.student.sees)
+    return Row(
+        id=f"recorded {number}",
+        text=seen_text(request, past.student.sees),
+        answer=_key(comparing, recorded.teacher, recorded.tool_calls),
+        choices=None,
+        prompt_tokens=None,
+        completion_tokens=None,
+        teacher_model=None,
+        release=None,
+        request=request,
+    )
 
 
 def _key(comparing: Comparison, text: str | None, tool_calls: list[Json] | None) -> str | None:

@@ -79,7 +79,6 @@ def test_a_recording(run: Make, tmp_path: Path) -> None:
     )
     found = orjson.loads(run("intents", "--release", "r0001", "--file", "dev.csv", "--json").stdout)
     assert found["recording"]["accuracy"]["student"]["value"] == 0.5
-    assert "right: teacher" in run("intents", "--file", "dev.csv").stdout
 
 
 def test_the_page(run: Make, tmp_path: Path) -> None:
@@ -90,7 +89,7 @@ def test_the_page(run: Make, tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;" in page
     assert [path.name for path in tmp_path.iterdir() if "writing" in path.name] == []
     said = run("intents", "--html", "nowhere/page.html", code=2).stderr
-    assert "No such file or directory" in said
+    assert said == "understudy: there is no folder nowhere to write page.html into\n"
 
 
 def test_without_matplotlib(run: Make, tmp_path: Path, state: Path) -> None:
@@ -114,12 +113,8 @@ def test_without_matplotlib(run: Make, tmp_path: Path, state: Path) -> None:
     assert not (tmp_path / "page.html").exists()
 
 
-def test_what_isnt_there(run: Make, tmp_path: Path, state: Path) -> None:
-    assert "it has: r0001" in run("intents", "--release", "r9999", code=2).stderr
+def test_what_isnt_there(run: Make, state: Path) -> None:
     assert "has no release to evaluate" in run("parcels", code=2).stderr
-    assert "can't be the name of a task" in run("../intents", code=2).stderr
     assert "nowhere.csv can't be read" in run("intents", "--file", "nowhere.csv", code=2).stderr
-    (tmp_path / "bad.csv").write_text("message\nhello\n")
-    assert "no column `text`" in run("intents", "--file", "bad.csv", code=2).stderr
     (state / "tasks" / "intents" / "releases" / "r0001" / "router.json").write_bytes(b"{}")
     assert "router.json doesn't match its checksum" in run("intents", code=2).stderr
