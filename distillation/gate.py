@@ -22,9 +22,11 @@ from distillation.hopeless import Early, Hopeless, find_hopeless
 from distillation.past import Past, PastRelease, propensity_of
 from distillation.scored import Scored
 from routers.admission import AnswerTerms, Verdict, admit
+from routers.drift import Spread
 from routers.foresight_fit import Stakes
 from routers.held_out import HeldOutConfidence
 from routers.looks import spent
+from routers.newton import sigmoid
 from routers.promise import Promise
 from routers.router import Router
 from serving.agreement import comparison
@@ -50,7 +52,8 @@ class Look(Generic[R_co]):
     traffic that would be answered, by the rules the release has; `agreement` the share on which students that hadn't
     seen the rows agree with the teacher (both weighted by 1/propensity). `losses` is the cross-validated log-loss of
     each model of confidence that was tried, `model` the one that was chosen. `hopeless` says which generations would be
-    given up, `skipping` which requests the student wouldn't be shown, and why (`distillation.foreseeing`).
+    given up, `skipping` which requests the student wouldn't be shown, and why (`distillation.foreseeing`). `spread` is
+    how confidence is distributed over all traffic.
     """
 
     number: int
@@ -65,6 +68,7 @@ class Look(Generic[R_co]):
     hopeless: Hopeless
     candidate: R_co | None
     skipping: Json
+    spread: Spread
 
 
 def take_look(
@@ -176,7 +180,14 @@ def judge(
         hopeless=hopeless,
         candidate=candidate,
         skipping=ahead.report(verdict.accepted),
+        spread=Spread.of(_confidences(ranks), 1.0 / propensity),
     )
+
+
+def _confidences(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What people read of ranks; 0 where there is none."""
+    finite = np.isfinite(ranks)
+    return np.where(finite, sigmoid(np.where(finite, ranks, 0.0)), 0.0)
 
 
 def rank_held_out(fitted: Scored, weights: NDArray[np.float64], seed: int) -> HeldOutConfidence:

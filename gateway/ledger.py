@@ -217,6 +217,10 @@ class Ledger:
         self._metrics.record_request(turn.task, turn.route, turn.reason, status, turn.elapsed_s())
         if turn.decision is not None:
             self._metrics.record_confidence(turn.task, turn.decision.confidence)
+            if turn.release is not None and turn.counts:
+                drift = turn.release.note_confidence(turn.decision.confidence)
+                if drift is not None:
+                    self._metrics.record_drift(turn.task, drift)
 
     def would_have_cost(self, turn: Turn) -> float | None:
         """Return what the teacher would have cost for the answer given, in USD."""

@@ -16,13 +16,14 @@ from pathlib import Path
 
 from gateway.metrics import Metrics
 from gateway.tasks import Tasks
+from routers.drift import Drift, Spread
 from routers.foresight import Foresight, read_foresight
 from routers.meter import TokenMeter
 from routers.router import Router
 from serving.agreement import Comparison
 from serving.audit_index import AuditIndex
 from serving.guarded_student import GuardedStudent
-from serving.releases import ReleaseStore
+from serving.releases import Release, ReleaseStore
 from serving.student import Student
 from serving.students import load_student
 
@@ -37,8 +38,9 @@ _TRY_AGAIN_S = 5.0
 
 @dataclass(slots=True)
 class LiveRelease:
-    """One release that answers. Only `accepted_audits` ever changes.
+    """One release that answers. Only `accepted_audits` and `drift` ever change.
 
+    `drift` follows its confidence; None where it isn't known from the test, or isn't that of all requests.
     `checksum` is its card's: names and generations are counted anew in every state directory.
     """
 
@@ -52,6 +54,14 @@ class LiveRelease:
     foresight: Foresight | None
     threshold: float | None
     accepted_audits: int
+    drift: Drift | None = None
+
+    def note_confidence(self, confidence: float) -> float | None:
+        """Take in a request's confidence. Return how far requests have drifted now, if that is followed."""
+        if self.drift is None:
+            return None
+        self.drift.observe(confidence)
+        return self.drift.distance
 
 
 class LiveReleases:
@@ -150,6 +160,7 @@ class LiveReleases:
                 release.name,
             )
         router = Router.load(release.files["router.json"])
+        foresight = read_foresight(release.files)
         return LiveRelease(
             task=task,
             name=release.name,
@@ -158,10 +169,11 @@ class LiveReleases:
             student=GuardedStudent(load_student(release, TokenMeter)),
             router=router,
             comparison=self._tasks.comparison(task),
-            foresight=read_foresight(release.files),
+            foresight=foresight,
             threshold=router.threshold,
             # Those that the log knows already: after a restart or a rollback.
             accepted_audits=self._audits.accepted(task, release.name),
+            drift=_drift(release, foresight),
         )
 
     def _swap(self, task: str, loaded: LiveRelease | None) -> None:
@@ -189,3 +201,15 @@ class LiveReleases:
         self._retired = [(at, student) for at, student in self._retired if student not in due]
         for student in due:
             await student.aclose()
+
+
+def _drift(release: Release, foresight: Foresight | None) -> Drift | None:
+    """What follows a release's confidence.
+
+    Not where requests are kept from the student, which have none; nor for a student whose answers are judged at another
+    place when they stream.
+    """
+    spread = Spread.from_json(release.card.get("confidence_spread"))
+    if spread is None or foresight is not None or release.card.get("student") != "linear":
+        return None
+    return Drift(spread)

@@ -133,6 +133,11 @@ class Metrics:
         self._evidence_limit = self._gauge(
             names.METRIC_WATCH_LIMIT, "The evidence at which the live release is withdrawn.", ("task",)
         )
+        self._drift = self._gauge(
+            names.METRIC_DRIFT,
+            "Share of requests whose confidence isn't where it was in the test.",
+            ("task",),
+        )
         self._withdrawals = self._counter(
             names.METRIC_WITHDRAWALS, "Releases that the watch has withdrawn.", ("task", "cause")
         )
@@ -311,10 +316,15 @@ class Metrics:
         self._evidence.labels(task).set(evidence)
         self._evidence_limit.labels(task).set(limit)
 
+    def record_drift(self, task: str, distance: float) -> None:
+        """Note how far the confidence of requests has moved from that of the test."""
+        self._drift.labels(task).set(distance)
+
     def record_unwatched(self, task: str) -> None:
         """Note that no release is live, and none is watched."""
         self._evidence.labels(task).set(float("nan"))
         self._evidence_limit.labels(task).set(float("nan"))
+        self._drift.labels(task).set(float("nan"))
 
     def record_withdrawal(self, task: str, cause: Cause) -> None:
         """Count a release that the watch has withdrawn."""

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from routers.coin import audit_rate
 from routers.router import Router
+from routers.watch import Watch
 from serving.exchange import Exchange, Json, StudentAnswer, TeacherAnswer
 
 
@@ -82,10 +83,16 @@ class Kept:
 
 @dataclass(slots=True)
 class Run:
-    """One simulated stream, message by message, and its releases by hindsight."""
+    """One simulated stream, message by message, and its releases by hindsight.
+
+    `withdrawn` are the releases that the watch took away, with the number of messages before that; `live` is the one
+    that answers in the end.
+    """
 
     served: list[Served] = field(default_factory=list)
     releases: list[Kept] = field(default_factory=list)
+    withdrawn: list[tuple[str, int]] = field(default_factory=list)
+    live: str | None = None
 
     def teacher_share(self, last: int | None = None) -> float:
         """The share of messages (of the `last` ones) for which the teacher was called, audits included."""
@@ -101,11 +108,15 @@ def simulate(
     seed: int,
     rate: float | None = None,
     missing: Callable[[Message], float] = lambda message: 0.0,
+    watching: Callable[[], Watch] | None = None,
+    withdrawn: Callable[[], None] = lambda: None,
 ) -> Run:
     """Play `messages` in order, from a cold start.
 
     The learner is asked after every `learn_every` messages. `rate` overrides the audit rate; `missing` is the chance
-    that an audit of a message gets no answer from the teacher. `seed` is of the coins.
+    that an audit of a message gets no answer from the teacher. `seed` is of the coins. `watching` makes the watch of
+    each release (None: nothing is withdrawn); after an alarm the log begins anew, and the learner hears of it by
+    `withdrawn`.
     """
     coins = random.Random(seed)
     run = Run()
@@ -113,6 +124,7 @@ def simulate(
     live: LiveStudent | None = None
     name: str | None = None
     audits = 0
+    watch: Watch | None = None
     for number, message in enumerate(messages):
         audit = audit_rate(audits, rate)
         coin = coins.random() < audit
@@ -143,6 +155,11 @@ def simulate(
                         audit="missing" if lost else "answered" if coin else "none",
                     )
                 )
+                if coin and watch is not None and watch.observe(not lost and answer == message.teacher):
+                    run.withdrawn.append((name or "", number + 1))
+                    live = name = watch = None
+                    log.clear()
+                    withdrawn()
         if not accepted:
             run.served.append(Served(message.teacher, name, False, True))
             log.append(replace(exchange, route="teacher", propensity=1.0, teacher=_teacher(message)))
@@ -151,7 +168,9 @@ def simulate(
             if released is not None:
                 name, live = released
                 audits = 0
+                watch = None if watching is None else watching()
                 run.releases.append(_hindsight(name, live, messages[number + 1 :], number + 1))
+    run.live = name
     return run
 
 

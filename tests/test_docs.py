@@ -170,6 +170,7 @@ def exposed() -> Iterator[tuple[str, set[str]]]:
     metrics.record_watched("t")
     metrics.record_evidence("t", 1.5, 10.0)
     metrics.record_withdrawal("t", "disagreement")
+    metrics.record_drift("t", 0.1)
     metrics.record_keeper_round()
     metrics.record_learning("ended")
     for family in text_string_to_metric_families(metrics.exposition().decode()):

@@ -68,3 +68,24 @@ def test_the_alarm_comes_once_though_everything_is_killed_between_audits(
     live = store.live("intents")
     assert live is not None
     assert [one.release for one in live.withdrawals] == ["r0001"]
+
+
+def test_other_inputs_show_before_any_audit(
+    stand_in: Start, gateway: Start, publish: Start, tmp_path: Path
+) -> None:
+    teacher = stand_in({"parcel lost": "lost"}, default="unclear")
+    store = ReleaseStore(tmp_path / "state")
+    name = publish(tmp_path / "state", "intents", {"parcel lost": "lost", "parcel late": "late"}, live=False)
+    written = store.read("intents", name)
+    sure = {"cuts": [0.5, 0.9], "shares": [0.0, 0.1, 0.9]}
+    card = {"student": "linear", "confidence_spread": sure}
+    store.set_live("intents", store.write("intents", written.files, card))
+    running = gateway(teacher.url, task=[{"name": "intents", "match": {"model": "intents"}}])
+    for _ in range(20):
+        assert ask(running.url, "parcel lost").headers["x-understudy-route"] == "student"
+    familiar = running.metric("understudy_confidence_drift", task="intents")
+    for _ in range(60):
+        assert ask(running.url, "something else").headers["x-understudy-route"] == "teacher"
+    drifted = running.metric("understudy_confidence_drift", task="intents")
+    assert familiar < 0.01
+    assert 0.04 < drifted < 0.08, "60 of about 1,000 requests"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
@@ -16,6 +17,7 @@ from routers.promise import Promise
 from routers.propensity import Period, pooled_propensity
 from routers.router import Router
 from routers.simulator import LiveStudent, Message, Run, simulate
+from routers.watch import Watch
 from serving.exchange import Exchange
 
 ALPHA = DELTA = 0.1
@@ -270,3 +272,29 @@ def test_first_and_later_releases_keep_their_promise() -> None:
     # Of R releases δR may be broken. Releases of one run share labels: count runs, not releases.
     excess = np.array([sum(flags) - DELTA * len(flags) for flags in broken])
     assert excess.mean() < 3 * excess.std() / np.sqrt(SEEDS)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_with_the_watch_a_broken_release_is_withdrawn(watched: bool) -> None:
+    learner = Scripted({1: accepting(0.0)})
+    heard: list[int] = []
+    run = simulate(
+        stream(7, 4000, [(0.0, 0.3)]),
+        learner,
+        learn_every=100,
+        seed=1,
+        rate=0.1,
+        watching=(lambda: Watch(ALPHA, 1 - DELTA)) if watched else None,
+        withdrawn=lambda: heard.append(1),
+    )
+    assert run.live == (None if watched else "r1")
+    if not watched:
+        assert run.withdrawn == [] and heard == []
+        return
+    ((name, after),) = run.withdrawn
+    assert name == "r1" and len(heard) == 1
+    assert all(one.by_student for one in run.served[100:after])
+    assert not any(one.by_student for one in run.served[after:])
+    audits = sum(one.teacher_called for one in run.served[100:after])
+    assert 5 <= audits <= 100, "30 % under α = 10 % is no matter of hundreds of audits"
+    assert [exchange.created for exchange in learner.log] == list(range(after, 4000)), "the log begins anew"

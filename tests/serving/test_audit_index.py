@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.audit_index import AuditIndex
+from serving.audit_trail import AGREED, DISAGREED, MISSING
 from serving.events import answered, audited, cancelled, encode, superseded
-from serving.exchange import Exchange, Json
+from serving.exchange import Exchange, Json, TeacherAnswer
 from serving.log import LogReader
 from serving.segment_digest import DIGEST_SUFFIX, Digest, digest_of
 
@@ -51,6 +52,15 @@ EXCHANGES = st.builds(
 )
 
 
+def is_watched(one: Exchange) -> bool:
+    void = one.superseded_by is not None or one.cancelled
+    return one.by_student and one.release is not None and one.audit != "none" and not void
+
+
+def outcome_of(one: Exchange) -> int | None:
+    return {"pending": None, "missing": MISSING}.get(one.audit, AGREED if one.agreement else DISAGREED)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(EXCHANGES, max_size=20, unique_by=lambda e: e.id),
@@ -65,6 +75,7 @@ def test_it_knows_what_reading_the_whole_log_would_tell(
     sealed: int,
     seed: int,
 ) -> None:
+    chance = random.Random(seed)
     audits = {e.id for e in made if e.audit == "pending"}
     events = [answered(e) for e in made]
     for number, kind in after:
@@ -76,15 +87,24 @@ def test_it_knows_what_reading_the_whole_log_would_tell(
             }
             events.append(how[kind])
         elif id in audits:
-            events.append(audited(id, teacher=None, agreement=None, at=3.0))
-    chance = random.Random(seed)
+            agreed = chance.choice([None, True, False])
+            answer = None if agreed is None else TeacherAnswer("big", [], None, 0.1)
+            events.append(audited(id, teacher=answer, agreement=agreed, at=3.0))
     chance.shuffle(events)
     names = [f"00000000-1-{n}.jsonl" + (".open" if n >= sealed else "") for n in range(5)]
     state_dir = tmp_path_factory.mktemp("state")
     index = AuditIndex(state_dir)
 
+    watched = AuditIndex(state_dir, trails=True)
+
     def check(known: AuditIndex) -> None:
         read = LogReader(state_dir).exchanges("t").exchanges
+        for trails in (watched, AuditIndex(state_dir, trails=True)):
+            seen = {
+                id: (one.release, one.created, one.outcome)
+                for id, one in trails.trail("t", 0.0).audited.items()
+            }
+            assert seen == {e.id: (e.release, e.created, outcome_of(e)) for e in read if is_watched(e)}
         assert {e.id for e in known.owed("t")} == {e.id for e in read if e.audit_owed}
         for release in ("r0001", "r0002"):
             counted = [e for e in read if e.release == release and e.route == "student" and e.audit != "none"]
