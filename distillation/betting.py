@@ -14,7 +14,7 @@ import numpy as np
 from distillation.candidate import Candidate
 from distillation.cross_fit import cross_fit
 from distillation.dataset import Dataset, Row
-from distillation.gate import Look, answer_terms, held_out_of, linear_release, rank_held_out
+from distillation.gate import Look, answer_terms, held_out_of, linear_release, rank_held_out, spread_of
 from distillation.hopeless import Hopeless
 from distillation.past import Past, PastRelease, propensity_of
 from routers.candidate import bet, fix_levels
@@ -107,6 +107,7 @@ def peek(candidate: Candidate, dataset: Dataset, policy: TaskPolicy) -> Look[Pas
             "on": False,
             "why": "a candidate's rules are fixed before it is tested, and this is none of them",
         },
+        spread=spread_of(np.array([one.rank for one in answers], dtype=np.float64), propensity),
         candidate=replace(candidate.release, router=router)
         if verdict.passed and router != candidate.served
         else None,

@@ -53,7 +53,7 @@ class Look(Generic[R_co]):
     seen the rows agree with the teacher (both weighted by 1/propensity). `losses` is the cross-validated log-loss of
     each model of confidence that was tried, `model` the one that was chosen. `hopeless` says which generations would be
     given up, `skipping` which requests the student wouldn't be shown, and why (`distillation.foreseeing`). `spread` is
-    how confidence is distributed over all traffic.
+    how confidence is distributed over all traffic, None without any.
     """
 
     number: int
@@ -68,7 +68,7 @@ class Look(Generic[R_co]):
     hopeless: Hopeless
     candidate: R_co | None
     skipping: Json
-    spread: Spread
+    spread: Spread | None
 
 
 def take_look(
@@ -180,14 +180,16 @@ def judge(
         hopeless=hopeless,
         candidate=candidate,
         skipping=ahead.report(verdict.accepted),
-        spread=Spread.of(_confidences(ranks), 1.0 / propensity),
+        spread=spread_of(ranks, propensity),
     )
 
 
-def _confidences(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What people read of ranks; 0 where there is none."""
+def spread_of(ranks: NDArray[np.float64], propensity: NDArray[np.float64]) -> Spread | None:
+    """How what people read of ranks is distributed over all traffic; 0 is read of what has none."""
+    if not len(ranks):
+        return None
     finite = np.isfinite(ranks)
-    return np.where(finite, sigmoid(np.where(finite, ranks, 0.0)), 0.0)
+    return Spread.of(np.where(finite, sigmoid(np.where(finite, ranks, 0.0)), 0.0), 1.0 / propensity)
 
 
 def rank_held_out(fitted: Scored, weights: NDArray[np.float64], seed: int) -> HeldOutConfidence:

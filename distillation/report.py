@@ -48,7 +48,7 @@ def report_card(look: Look[Past], dataset: Dataset, policy: TaskPolicy, *, relea
         "agreement": look.agreement,
         "coverage": look.coverage,
         "confidence": {"model": look.model, "log_losses": dict(look.losses)},
-        "confidence_spread": look.spread.to_json(),
+        "confidence_spread": look.spread.to_json() if look.spread is not None else None,
         "skipping": look.skipping,
         "rank_threshold": verdict.whole.threshold,
         "threshold": router.threshold if router is not None else None,
