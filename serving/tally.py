@@ -47,7 +47,8 @@ class Tally:
     A checkpoint is `{"tokens", "score", "signals"}`. The score is the log-odds of the tokens' mean probability (their
     geometric mean): it doesn't fall with the answer's length as the sum of log-probabilities does, and hardly ever
     ties (arXiv 2404.10136 on the bias of both; the signals hold the quantiles). An answer of which any part came
-    without log-probabilities can't be trusted: score −∞ and no signals.
+    without log-probabilities can't be trusted: score −∞ and no signals. So is one with more text than its tokens spell
+    (text may come later than its tokens, where a character is more than one, but never earlier).
     """
 
     def __init__(self, meter: Meter, marks: Sequence[int]) -> None:
@@ -56,12 +57,16 @@ class Tally:
         self._meter = meter
         self._marks = frozenset(marks)
         self._total = 0.0
+        self._ahead = 0
         self._sound = True
 
     def take(self, part: Json) -> list[Json]:
         """Take what a chunk holds of a choice; return the checkpoints that it reached."""
         reached = len(self.checkpoints)
         entries = _entries(part.get("logprobs"))
+        self._ahead += _spoken(part.get("delta")) - sum(map(_spelled, entries))
+        if self._ahead > 0:
+            self._sound = False
         for entry in entries:
             self._meter.add(entry.get("token"), entry.get("logprob"), entry.get("top_logprobs"))
             self._count(entry.get("logprob"))
@@ -99,6 +104,20 @@ def _entries(logprobs: object) -> list[Json]:
             if isinstance(entries, list):
                 found += [entry if isinstance(entry, dict) else {} for entry in entries]
     return found
+
+
+def _spelled(entry: Json) -> int:
+    """How many bytes of text a token spells."""
+    token, written = entry.get("token"), entry.get("bytes")
+    if isinstance(written, list):
+        return len(written)
+    return len(token.encode("utf-8", "replace")) if isinstance(token, str) else 0
+
+
+def _spoken(delta: object) -> int:
+    """How many bytes of text a chunk holds; calls are left out, whose markup is read out of their tokens."""
+    texts = (delta.get("content"), delta.get("refusal")) if isinstance(delta, dict) else ()
+    return sum(len(text.encode("utf-8", "replace")) for text in texts if isinstance(text, str))
 
 
 def _says_something(delta: object) -> bool:

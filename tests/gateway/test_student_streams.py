@@ -488,6 +488,16 @@ def test_a_client_that_leaves_ends_what_goes_on_unheard(live: Start, eventually:
     assert made.student_stats()["answered"] == 0
 
 
+def test_a_stream_keeps_the_release_it_began_with(live: Start, publish: Start, eventually: Start) -> None:
+    made = live(student={"latency_ms": 0, "tokens_per_s": 15})
+    with made.running.client() as client:
+        raw = client.chat.completions.with_raw_response.create(**body("where", stream=True))
+        publish(made.running.state_dir, "intents", {"other thing": "x"})
+        eventually(lambda: made.running.metric("understudy_release_info", release="r0002") == 1)
+        said = "".join(chunk.choices[0].delta.content or "" for chunk in raw.parse() if chunk.choices)
+    assert (said, raw.headers["x-understudy-release"]) == (SURE, "r0001")
+
+
 class Cutting:
     """A student's server that cuts its answer into chunks as the request's text says, and may break it off."""
 

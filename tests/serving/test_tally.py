@@ -110,3 +110,19 @@ def test_tokens_that_the_server_counted_and_didnt_show_spoil_the_answer() -> Non
     tally.take(part([token(-0.1)] * 5))
     choices = [{"message": {"content": "xxxxx"}, "finish_reason": "stop"}]
     assert [bool(tally.whole(choices, count)[1]) for count in (None, 5, 6, 7, 4)] == [True] * 3 + [False] * 2
+
+
+def test_text_that_no_token_spells_spoils_the_answer() -> None:
+    one_of_three = {"delta": {"content": "three tokens here"}, "logprobs": {"content": [token(-0.1)]}}
+    tally = Tally(TokenMeter({}), [1])
+    (checkpoint,) = tally.take(one_of_three)
+    assert checkpoint == {"tokens": 1, "score": -math.inf, "signals": {}}
+
+
+def test_a_character_of_two_tokens_comes_after_its_first() -> None:
+    first, second = ({"token": "\ufffd", "logprob": -0.1, "bytes": [byte]} for byte in "é".encode())
+    tally = Tally(TokenMeter({}), [1, 2])
+    tally.take({"delta": {"content": ""}, "logprobs": {"content": [first]}})
+    tally.take({"delta": {"content": "é"}, "logprobs": {"content": [second]}})
+    assert all(math.isfinite(checkpoint["score"]) for checkpoint in tally.checkpoints)
+    assert math.isfinite(tally.whole([{"message": {"content": "é"}, "finish_reason": "stop"}], 2)[0])
