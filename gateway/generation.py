@@ -43,8 +43,8 @@ class Generation:
         """Read on until it can be judged. Raises whatever the student raises.
 
         With `commits` that is at the commit point, by what is known of the beginning. The answer isn't known then,
-        but one that may yet become an answer that the router's rules reject is rejected. With `may_stop` a rank below
-        the release's `stop_below` at an earlier checkpoint is judgement enough.
+        but one that may yet become an answer that the router's rules hold to more is held to it. With `may_stop` a
+        rank below the release's `stop_below` at an earlier checkpoint is judgement enough.
         """
         plan = self._stream.plan
         async for piece in self._pieces:
@@ -119,11 +119,16 @@ class Generation:
             self._unheard.cancel()
 
     def _may_become(self, router: Router) -> str | None:
-        """An answer that the rules leave to the teacher and that has begun like this one; white space aside."""
+        """An answer that has begun like this one, white space aside, and that the rules hold to more than others.
+
+        Those they leave to the teacher come first, then those that have proven themselves only at higher ranks.
+        """
         choices = self._stream.answer().choices
         said = _squashed(choices[0]["message"].get("content") or "") if choices else ""
         ruled_out = router.always_escalate | router.vetoed | router.unproven
-        return next((key for key in ruled_out if _squashed(key).startswith(said)), None)
+        stricter = [key for key, rank in router.proven.items() if rank > router.rank_threshold]
+        stricter.sort(key=lambda key: -router.proven[key])
+        return next((key for key in (*ruled_out, *stricter) if _squashed(key).startswith(said)), None)
 
     def _end(self) -> None:
         self.over = True

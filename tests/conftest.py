@@ -437,10 +437,11 @@ def eventually() -> Callable[[Callable[[], bool]], None]:
 def publish() -> Callable[..., str]:
     """Write a release and make it live; gives its name.
 
-    Its student is sure of the given answers to texts of two words, and knows nothing about any other text.
+    Its student is sure of the given answers to texts of two words, and knows nothing about any other text. `rules` are
+    the answers' (`routers.router.Router`).
     """
 
-    def write(state_dir: Path, task: str, answers: dict[str, str], *, live: bool = True) -> str:
+    def write(state_dir: Path, task: str, answers: dict[str, str], *, live: bool = True, **rules: Any) -> str:
         student = LinearStudent(
             vocabulary=list(answers),
             words=len(answers),
@@ -450,7 +451,7 @@ def publish() -> Callable[..., str]:
             answers=[KnownAnswer(answer, [_choice(answer)], 3) for answer in answers.values()],
             tokens=TokenEstimate(fixed=8.0, per_character=0.25),
         )
-        router = Router(Confidence.of_score(slope=1.0, offset=-2.0), rank_threshold=1.0)
+        router = Router(Confidence.of_score(slope=1.0, offset=-2.0), rank_threshold=1.0, **rules)
         store = ReleaseStore(state_dir)
         files = {**student.files(), "router.json": router.dump()}
         name = store.write(task, files, {"student": "linear"})

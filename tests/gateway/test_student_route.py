@@ -85,6 +85,26 @@ def test_a_student_streams_like_a_teacher(live: Start) -> None:
     assert [exchange.route for exchange in running.exchanges()] == ["student", "student"]
 
 
+def test_an_answer_that_was_vetoed_or_has_yet_to_prove_itself_is_the_teachers(
+    stand_in: Start, gateway: Start, publish: Start, tmp_path: Any
+) -> None:
+    rules = {"vetoed": frozenset({"cancel"}), "unproven": frozenset({"late"}), "proven": {"lost": 0.0}}
+    publish(tmp_path / "state", "intents", STUDENT, **rules)
+    running = gateway(stand_in(TEACHER).url, task=[TASK])
+    for text, route, reason in (
+        ("refund now", "teacher", "vetoed_answer"),
+        ("parcel late", "teacher", "unproven_answer"),
+        ("parcel lost", "student", "confident"),
+    ):
+        for stream in (False, True):
+            headers = running.post(json=body(text, stream=stream)).headers
+            assert (headers["x-understudy-route"], headers["x-understudy-reason"]) == (route, reason)
+        assert running.metric("understudy_requests_total", route=route, reason=reason) == 2
+    exchanges = [one for one in running.exchanges() if one.reason == "vetoed_answer"]
+    assert [one.propensity for one in exchanges] == [1.0, 1.0]
+    assert all(one.student is not None and one.agreement is False for one in exchanges), "both are labels"
+
+
 def test_an_unsure_student_leaves_it_to_the_teacher(live: Start) -> None:
     running, _ = live(task={"audit_rate": 1.0})
     answer = running.post(json=body("what"))

@@ -265,6 +265,16 @@ def test_what_may_become_an_answer_that_always_escalates_does_so_at_the_commit_p
     assert not made.running.exchanges()[0].student.complete
 
 
+@pytest.mark.parametrize(("rank", "route"), [(1e9, "teacher"), (1.5, "student")])
+def test_what_may_become_an_answer_with_a_threshold_of_its_own_is_held_to_it(
+    live: Start, rank: float, route: str
+) -> None:
+    made = live(router=Router(ROUTER.confidence, 1.0, proven={SURE: rank}))
+    _, headers, _ = made.stream("where")
+    assert headers["x-understudy-route"] == route
+    assert made.running.post(json=body("where")).headers["x-understudy-route"] == route
+
+
 def test_the_decision_doesnt_depend_on_how_fast_the_student_is(live: Start) -> None:
     decided: list[list[str]] = []
     for pace in ({}, {"latency_ms": 50}, {"latency_ms": 0, "tokens_per_s": 100}):
