@@ -12,7 +12,7 @@ import numpy as np
 
 from distillation.audit_record import audit_record
 from distillation.dataset import Dataset
-from distillation.evaluation import Admitted, Evaluation, OneRelease, PromiseMade, Rules
+from distillation.evaluation import Admitted, Evaluation, JudgedAnswer, OneRelease, PromiseMade, Rules
 from distillation.judgement import judge
 from distillation.past import Past, PastRelease
 from distillation.release_costs import release_costs
@@ -109,6 +109,7 @@ def evaluate(
         threshold=past.router.threshold,
         promise=promise,
         admitted=_admitted(card),
+        answers=_answers(card),
         log=log,
         since=since,
         recording=on_file,
@@ -208,6 +209,22 @@ def _admitted(card: Json) -> Admitted:
         delta=_number(card.get("delta")),
         coverage=_number(card.get("coverage")),
     )
+
+
+def _answers(card: Json) -> list[JudgedAnswer]:
+    """The card's slices; none where an old card has none."""
+    found = []
+    for one in card.get("slices", []):
+        match one:
+            case {
+                "answer": str(answer),
+                "labels": int(labels),
+                "disagreements": int(disagreements),
+                "estimate": float(estimate),
+                "standing": str(standing),
+            }:
+                found.append(JudgedAnswer(answer, labels, disagreements, estimate, standing))
+    return found
 
 
 def _one_release(card: Json, live: str | None) -> OneRelease:

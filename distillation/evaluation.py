@@ -34,6 +34,21 @@ class Admitted:
 
 
 @dataclass(frozen=True, slots=True)
+class JudgedAnswer:
+    """One answer of the student's as the release's card has it: by how many labels it was judged, and what they showed.
+
+    `estimate` is its disagreement, shrunk towards that of all; `standing` is `vetoed`, `shown` (to keep the promise by
+    itself) or `unproven` (neither).
+    """
+
+    answer: str
+    labels: int
+    disagreements: int
+    estimate: float
+    standing: str
+
+
+@dataclass(frozen=True, slots=True)
 class OneRelease:
     """A release of the task, as its card has it. `created` is in seconds since the epoch."""
 
@@ -64,7 +79,8 @@ class Evaluation:
     `log` is on all labels of the log, `since` on those that came after the release was made (nothing of it was fitted
     to or chosen by them), `recording` on a file; each is None where there is nothing to judge by. `left_out` counts
     exchanges of the log that aren't used, `seen` rows of the recording that the release was fitted on, which aren't
-    used either. `expected_broken` is how many of the task's releases may break their promise. `notes` are for people.
+    used either. `answers` are the card's, the worst first. `expected_broken` is how many of the task's releases may
+    break their promise. `notes` are for people.
     """
 
     task: str
@@ -75,6 +91,7 @@ class Evaluation:
     threshold: float
     promise: PromiseMade
     admitted: Admitted
+    answers: list[JudgedAnswer]
     log: Judgement | None
     since: Judgement | None
     recording: Judgement | None

@@ -6,6 +6,7 @@ scripts and any request.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -49,6 +50,7 @@ def evaluation_page(evaluation: Evaluation) -> str:
         _audits(evaluation),
         _cost(evaluation),
         _rules(evaluation),
+        _answers(evaluation),
         _releases(evaluation),
         _notes(evaluation),
     ]
@@ -218,6 +220,35 @@ def _rules(evaluation: Evaluation) -> str:
     return _section(
         "Answers with rules of their own", _facts((what, ", ".join(keys)) for what, keys in found)
     )
+
+
+def _answers(evaluation: Evaluation) -> str:
+    """Every answer as it was tested: the average says nothing of one of them."""
+    answers = evaluation.answers
+    if not answers:
+        return ""
+    standings = Counter(one.standing for one in answers)
+    counted = ", ".join(f"{count:,} {standing}" for standing, count in standings.most_common())
+    explained = (
+        f"By the labels the release was chosen with: {counted}. Unproven answers are served where the student is sure "
+        "enough; that few disagree on the whole doesn't prove it of each. The estimate is shrunk towards the whole."
+    )
+    table = _table(
+        ["answer", "labels", "disagreed", "estimate", "standing"],
+        [
+            [
+                plain(one.answer),
+                f"{one.labels:,}",
+                f"{one.disagreements:,}",
+                percent(one.estimate),
+                one.standing,
+            ]
+            for one in answers
+        ],
+        "Answers one by one",
+    )
+    details = f"<details><summary>{len(answers):,} answers</summary>{table}</details>"
+    return _section("Answers one by one", f"<p>{_text(explained)}</p>{details}")
 
 
 def _releases(evaluation: Evaluation) -> str:

@@ -98,6 +98,9 @@ class TestTheLog:
         assert (found.log.aurc, found.log.ranking.apgr) == (0.0, None), "there is no gap to the teacher"
         assert (found.since, found.recording, found.audits.audits) == (None, None, 0)
         assert found.admitted.labels == 120
+        assert {one.answer for one in found.answers} == set(KINDS)
+        assert sum(one.labels for one in found.answers) == 120
+        assert {one.standing for one in found.answers} <= {"shown", "unproven"}
         assert found.expected_broken == pytest.approx(0.1)
         assert any("120 of the 120 labels were there" in note for note in found.notes)
 
@@ -170,7 +173,7 @@ class TestTheLog:
         assert (found.release, found.live) == ("r0002", False)
         assert [one.name for one in found.releases] == ["r0001", "r0002"]
         assert [one.live for one in found.releases] == [False, False]
-        assert found.admitted.look is None, "this card says nothing"
+        assert (found.admitted.look, found.answers) == (None, []), "this card says nothing"
         assert found.promise.max_disagreement == 0.1
 
     def test_traffic_of_a_release_that_is_gone(

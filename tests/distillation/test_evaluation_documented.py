@@ -6,13 +6,16 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from distillation.evaluation import Evaluation
 from distillation.judgement import Judgement
 from routers.intervals import Share
+from serving.releases import ReleaseStore
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
@@ -51,3 +54,16 @@ def test_a_judgement() -> None:
 
 def test_a_share() -> None:
     assert ", ".join(f'"{one.name}"' for one in dataclasses.fields(Share)) in TEXT
+
+
+def test_the_example_runs(
+    tmp_path: Path, publish: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(tmp_path / "state", "parcels", {"my card": "card", "the parcel": "parcel"})
+    ReleaseStore(tmp_path / "state").rewrite("parcels", "r0001", {"held_out.json": b"{}"})
+    path, file = tmp_path / "understudy.toml", tmp_path / "dev.csv"
+    path.write_text(f'state_dir = "{tmp_path / "state"}"\n')
+    file.write_text("text,teacher\nwhere is my card,card\n")
+    (example,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
+    exec(example.replace("evaluation.log.", "evaluation.recording."), {"path": path, "file": file})
+    assert "value=0.0" in capsys.readouterr().out

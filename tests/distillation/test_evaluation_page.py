@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from distillation.evaluate import evaluate
-from distillation.evaluation import Evaluation
+from distillation.evaluation import Evaluation, JudgedAnswer
 from distillation.evaluation_page import evaluation_page
 from routers.intervals import share
 from routers.measures import Slice
@@ -81,6 +81,7 @@ def hostile(evaluation: Evaluation) -> Evaluation:
         student=HOSTILE[0],
         log=dataclasses.replace(evaluation.log, worst_answers=worst),
         rules=dataclasses.replace(evaluation.rules, vetoed=list(HOSTILE), always_escalate=list(HOSTILE)),
+        answers=[JudgedAnswer(text, 3, 1, 0.3, HOSTILE[1]) for text in HOSTILE],
         releases=[dataclasses.replace(one, name=HOSTILE[1]) for one in evaluation.releases],
         notes=list(HOSTILE),
     )
