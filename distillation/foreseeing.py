@@ -56,7 +56,6 @@ class Foreseeing:
     chosen: Skipping | None = None
     _X: Floats | None = None
     _foreseen: Floats | None = None
-    _accepted: Bools | None = None
 
     @property
     def may_skip(self) -> bool:
@@ -80,16 +79,18 @@ class Foreseeing:
                 stakes=self.stakes,
             )
         if among is None:
-            self.chosen, self._accepted = chosen, accepted
+            self.chosen = chosen
         skipped: Bools = foreseen < (-np.inf if chosen is None else chosen.below)
         return skipped
 
-    def before(self) -> Ahead:
-        """What stands before the student of the release."""
-        if self.chosen is None or self._accepted is None or self.stakes is None:
+    def before(self, accepted: Bools) -> Ahead:
+        """What stands before the student of the release; `accepted` bool[n] is what the release will answer."""
+        if self.chosen is None and not self.policy.student.hedge:
             return Ahead()
         foreseen = self._out_of_fold()
-        calibrator = PlattCalibrator().fit(foreseen, self._accepted, self.weights)
+        if not np.isfinite(foreseen).any():
+            return Ahead()
+        calibrator = PlattCalibrator().fit(foreseen, accepted, self.weights)
         shares = shares_below(self.ranks, self.weights)
         with threadpool_limits(1):
             fitted = ForesightRegression().fit(self._design(), shares, self.weights)
@@ -98,13 +99,12 @@ class Foreseeing:
             bias=fitted.bias_,
             slope=calibrator.slope_,
             offset=calibrator.offset_,
-            skip_below=self.chosen.below,
-            student_s=self.stakes.student_s,
+            skip_below=None if self.chosen is None else self.chosen.below,
+            student_s=0.0 if self.stakes is None else self.stakes.student_s,
         )
+        below = -np.inf if self.chosen is None else self.chosen.below
         left_out = zip(self.rows, foreseen, strict=True)
-        return Ahead(
-            foresight, {row.id: float(share) for row, share in left_out if share < self.chosen.below}
-        )
+        return Ahead(foresight, {row.id: float(share) for row, share in left_out if share < below})
 
     def report(self, accepted: Bools) -> Json:
         """What a report card says of skipping; `accepted` bool[n] is what will be answered.

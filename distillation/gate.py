@@ -166,7 +166,7 @@ def judge(
             unproven=verdict.unproven,
             proven=verdict.proven,
         )
-        candidate = as_release(router, held_out, hopeless.below, ahead.before())
+        candidate = as_release(router, held_out, hopeless.below, ahead.before(verdict.accepted))
     return Look(
         number=number,
         labels=len(dataset.rows),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from gateway import names
 from gateway.auth import Gate
 from gateway.committed_stream import CommittedStream
+from gateway.hedge import Hedge, Opened
 from gateway.ledger import Ledger
 from gateway.metrics import Metrics
 from gateway.student_turn import STUDENT, StudentTurn
@@ -20,7 +21,7 @@ from serving.chat import completion
 from serving.errors import RequestError, UpstreamError, UpstreamRefused
 from serving.exchange import Json
 from serving.slots import UpstreamBusy
-from serving.teacher import Chunk, Teacher, TeacherStream
+from serving.teacher import Chunk, Teacher, TeacherReply, TeacherStream
 
 log = logging.getLogger("understudy.pipeline")
 
@@ -97,17 +98,22 @@ class Answers:
         Raises UpstreamError when the teacher fails and the student may not step in, RequestError when the
         client forced a student that can't answer.
         """
-        escalated = await self._ask_student(turn)
+        try:
+            escalated = await self._ask_student(turn)
+        except BaseException:
+            await self._drop_hedge(turn)  # the client has left
+            raise
         if escalated is None:
+            await self._drop_hedge(turn)
             return self._by_student(turn) if turn.generation is None else self._students.stream(turn)
         turn.reason = escalated
         try:
-            return await (self._stream(turn) if turn.chat.stream else self._whole(turn))
+            return await self._by_teacher(turn)
         except UpstreamError as error:
             self.note_failure(turn, error)
             steps_in = _student_may_step_in(turn, error)
             if steps_in and escalated == names.REASON_SKIPPED and turn.release is not None:
-                escalated = await self._students.ask(turn, turn.release, may_skip=False)
+                escalated = await self._students.ask(turn, turn.release)
             if not (steps_in and (escalated is None or await self._students.whole(turn))):
                 self.ledger.given_up(turn)
                 raise
@@ -145,7 +151,7 @@ class Answers:
             # Not the router's doing, so nothing the promise may count (STATISTICS.md §1).
             turn.spoiled = True
             return names.REASON_UNVERIFIED_KEY
-        return await self._students.ask(turn, release)
+        return await self._students.ask(turn, release, foreseen=self._start_hedge)
 
     def settle(self, turn: Turn) -> None:
         """Close the account of a turn that the teacher has answered."""
@@ -173,39 +179,52 @@ class Answers:
             )
         )
 
-    async def _whole(self, turn: Turn) -> Whole:
+    async def _by_teacher(self, turn: Turn) -> Whole | Stream:
+        """Wait for the teacher's answer, or for a stream to begin; a hedge has asked for it already."""
         began = time.perf_counter()
         try:
-            reply = await self._teacher.complete(
-                turn.chat.body,
-                authorization=turn.arrival.caller.authorization,
-                request_id=turn.arrival.request_id,
-                headers=turn.arrival.headers,
-                on_asked=turn.is_asking,
-            )
+            came = await (self._ask_teacher(turn) if turn.hedge is None else turn.hedge.taken())
         finally:
             turn.waited_s += time.perf_counter() - began
+        if turn.hedge is not None:
+            self._metrics.record_hedge(turn.task, "used")
         self._accepted(turn)
-        turn.teacher = reply.answer
+        if isinstance(came, Opened):
+            turn.received = came.stream.assembler
+            return Stream(self, turn, came.context, came.stream)
+        turn.teacher = came.answer
         self.settle(turn)
-        return Whole(reply.body, reply.raw, reply.headers)
+        return Whole(came.body, came.raw, came.headers)
 
-    async def _stream(self, turn: Turn) -> Stream:
-        opened = self._teacher.stream(
+    async def _ask_teacher(self, turn: Turn) -> TeacherReply | Opened:
+        ask = self._teacher.stream if turn.chat.stream else self._teacher.complete
+        asked = ask(
             turn.chat.body,
             authorization=turn.arrival.caller.authorization,
             request_id=turn.arrival.request_id,
             headers=turn.arrival.headers,
             on_asked=turn.is_asking,
         )
-        began = time.perf_counter()
-        try:
-            stream = await opened.__aenter__()
-        finally:
-            turn.waited_s += time.perf_counter() - began
-        self._accepted(turn)
-        turn.received = stream.assembler
-        return Stream(self, turn, opened, stream)
+        if isinstance(asked, AbstractAsyncContextManager):
+            return Opened(asked, await asked.__aenter__())
+        return await asked
+
+    def _start_hedge(self, turn: Turn) -> None:
+        """Start the teacher beside the student, where there is room for what may be thrown away."""
+        if turn.policy.student.hedge and self._teacher.has_room:
+            turn.hedge = Hedge(self._ask_teacher(turn))
+
+    async def _drop_hedge(self, turn: Turn) -> None:
+        """Give up a teacher's answer that isn't needed, and count what it cost all the same."""
+        hedge, turn.hedge = turn.hedge, None
+        if hedge is None:
+            return
+        came = await hedge.dropped()
+        if isinstance(came, Opened):
+            turn.received = came.stream.assembler
+        self.ledger.hedge_dropped(turn, came.answer if isinstance(came, TeacherReply) else None)
+        turn.received = None
+        self._metrics.record_hedge(turn.task, "dropped")
 
     def _accepted(self, turn: Turn) -> None:
         """Note that the teacher answered: the caller's key is good, and an unseen prompt may become a task."""

@@ -14,7 +14,7 @@ from gateway.metrics import Metrics
 from gateway.turn import Turn
 from serving import events
 from serving.estimate import unfinished_usage
-from serving.exchange import Json, StudentAnswer
+from serving.exchange import Json, StudentAnswer, TeacherAnswer
 from serving.log import EventLog
 from serving.pricing import PriceList
 from serving.redaction import Redactor
@@ -81,6 +81,8 @@ class Ledger:
             self._note_unpriced(turn.teacher.model)
         self._metrics.record_tokens(turn.task, turn.route, turn.given.usage if turn.given else None)
         self._metrics.record_spending(turn.task, turn.route, turn.cost_usd, self._avoided(turn))
+        if turn.hedge_usd:  # counted when it was dropped
+            turn.cost_usd = (turn.cost_usd or 0.0) + turn.hedge_usd
 
     def _note_unpriced(self, model: str) -> None:
         """Warn, once for a model, that what it costs is missing."""
@@ -104,6 +106,16 @@ class Ledger:
         self._metrics.record_tokens(turn.task, turn.route, usage)
         self._metrics.record_spending(turn.task, turn.route, usd, None)
         return usd
+
+    def hedge_dropped(self, turn: Turn, answer: TeacherAnswer | None) -> None:
+        """Count what a teacher's answer cost that was asked for in vain; None: it isn't whole."""
+        if answer is None:
+            turn.hedge_usd = self.broken_off(turn) or 0.0
+            return
+        turn.asking = False
+        turn.hedge_usd = answer.cost_usd or 0.0
+        self._metrics.record_tokens(turn.task, turn.route, answer.usage)
+        self._metrics.record_spending(turn.task, turn.route, answer.cost_usd, None)
 
     def given_up(self, turn: Turn) -> float | None:
         """Count what a request cost that gets no answer, once, and return it; what the student does for it ends."""

@@ -81,6 +81,11 @@ class Metrics:
             "Time of the student's that skipping it spared, estimated.",
             ("task",),
         )
+        self._hedges = self._counter(
+            names.METRIC_HEDGES,
+            "Teachers started beside the student, by what became of them.",
+            ("task", "outcome"),
+        )
         self._audits = self._counter(
             names.METRIC_AUDITS, "Audits of answers the student gave.", ("task", "outcome")
         )
@@ -216,6 +221,10 @@ class Metrics:
     def record_spared(self, task: str, seconds: float) -> None:
         """Count a request that the student wasn't asked about, by the seconds it takes on average."""
         self._spared.labels(task).inc(seconds)
+
+    def record_hedge(self, task: str, outcome: Literal["used", "dropped"]) -> None:
+        """Count a teacher that was started beside the student."""
+        self._hedges.labels(task, outcome).inc()
 
     def record_audit(
         self,

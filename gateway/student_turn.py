@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from gateway import names
 from gateway.committed_stream import CommittedStream
@@ -16,7 +17,6 @@ from gateway.turn import Turn
 from routers.foresight import last_text
 from routers.router import Decision
 from serving.errors import RequestError, UpstreamError
-from serving.exchange import Json
 from serving.guarded_student import StudentUnavailable
 from serving.lm_stream import StudentRefused
 from serving.student import StudentStream
@@ -35,11 +35,14 @@ class StudentTurn:
         self._metrics = metrics
         self._unheard: set[asyncio.Task[None]] = set()
 
-    async def ask(self, turn: Turn, release: LiveRelease, *, may_skip: bool = True) -> str | None:
+    async def ask(
+        self, turn: Turn, release: LiveRelease, *, foreseen: Callable[[Turn], None] | None = None
+    ) -> str | None:
         """Let the student answer. Return the reason to ask the teacher instead; None: serve the answer.
 
-        The answer is `turn.student`, or `turn.generation` as long as it isn't whole. With `may_skip` it isn't even
-        asked where an escalation is foreseen. Raises RequestError when the client forced a student that can't answer.
+        The answer is `turn.student`, or `turn.generation` as long as it isn't whole. `foreseen` is called before
+        the student is asked if an escalation is likely; if it is as good as sure, the student isn't asked at all. None:
+        it is asked, whatever is foreseen. Raises RequestError when the client forced a student that can't answer.
         """
         forced = turn.arrival.route == STUDENT
         began = time.perf_counter()
@@ -48,8 +51,15 @@ class StudentTurn:
             feature = release.student.unsupported(seen)
             if feature is not None:
                 return _unsupported(turn, feature)
-            if may_skip and not forced and self._skips(turn, release, seen):
-                return names.REASON_SKIPPED
+            if foreseen is not None and not forced and release.foresight is not None:
+                text = last_text(seen)
+                if release.foresight.skips(text):
+                    # It counts like any escalation: what the student would have said is worked out when something is
+                    # learned from it.
+                    self._metrics.record_spared(turn.task, release.foresight.student_s)
+                    return names.REASON_SKIPPED
+                if release.foresight.hedges(text):
+                    foreseen(turn)
             stream = release.student.stream(seen)
             if stream is None:
                 answer = await release.student.answer(seen)
@@ -72,17 +82,6 @@ class StudentTurn:
             return None
         turn.reason = decision.reason
         return None if decision.accepted else decision.reason
-
-    def _skips(self, turn: Turn, release: LiveRelease, seen: Json) -> bool:
-        """Say whether an escalation is foreseen so surely that the student is left out.
-
-        It counts like any escalation: what the student would have said is worked out when something is learned from it.
-        """
-        foresight = release.foresight
-        if foresight is None or not foresight.skips(last_text(seen)):
-            return False
-        self._metrics.record_spared(turn.task, foresight.student_s)
-        return True
 
     def stream(self, turn: Turn) -> CommittedStream:
         """Send on what was accepted before it was whole."""

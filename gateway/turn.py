@@ -10,6 +10,7 @@ from gateway import names
 from gateway.auth import Caller
 from gateway.cache_entry import CachedAnswer
 from gateway.generation import Generation
+from gateway.hedge import Hedge
 from gateway.live import LiveRelease
 from routers.router import Decision
 from serving.assembler import Assembler
@@ -45,7 +46,8 @@ class Turn:
     `origin` says of an answer from the cache who once gave it.
     `asking`: the teacher is being asked (not: waited for, in a line or before a retry) and its answer isn't whole;
     `received` is what has come of a stream.
-    `generation` is an answer of the student's that isn't whole yet.
+    `generation` is an answer of the student's that isn't whole yet, `hedge` the teacher that was started beside the
+    student, and `hedge_usd` what one cost that wasn't needed.
     `shared`: its answer is made for others as well, by a flight, which also closes its account if it has
     `left` in the meantime.
     `status` is there once the request is over: what its books say, which of a stream that broke off isn't
@@ -70,6 +72,8 @@ class Turn:
     student: StudentAnswer | None = None
     decision: Decision | None = None
     generation: Generation | None = None
+    hedge: Hedge | None = None
+    hedge_usd: float = 0.0
     teacher: TeacherAnswer | None = None
     asking: bool = False
     received: Assembler | None = None

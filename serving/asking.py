@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from serving.breaker import Breaker
+from serving.breaker import Breaker, State
 from serving.errors import UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
 from serving.retry import delay_before_retry
 from serving.retry_budget import RetryBudget
@@ -92,6 +92,11 @@ class Asking:
             await asyncio.sleep(delay)
             if self._breaker is not None and not self._breaker.lets_through():
                 raise last  # says more than that it isn't asked any more
+
+    @property
+    def is_well(self) -> bool:
+        """Whether its breaker, if it has one, is closed."""
+        return self._breaker is None or self._breaker.state is State.CLOSED
 
     def broke_off(self) -> None:
         """Count a fault of an answer that had begun well."""

@@ -301,6 +301,9 @@ class StudentChoice(Section):
 
     kind: Literal["linear", "lm"] = "linear"
     sees: Sees = Field("message", description="of `linear`: what of a conversation the student sees")
+    hedge: bool = Field(
+        False, description="of `lm`: whether the teacher starts beside it where an escalation is foreseen"
+    )
     base_url: str | None = Field(None, description="of `lm`: an OpenAI-compatible server")
     model: str | None = Field(None, description="of `lm`: the model's name there")
     api_key_env: str | None = Field(

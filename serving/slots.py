@@ -19,6 +19,9 @@ _BACKGROUND_SHARE = 4
 """Background work gets a fourth of the slots at most, and only those that nobody waits for."""
 
 
+_ROOM_SHARE = 5
+
+
 class UpstreamBusy(UpstreamError):
     """The teacher wasn't asked: too many requests are under way or waiting already."""
 
@@ -40,6 +43,11 @@ class Slots:
         self._line: deque[asyncio.Future[None]] = deque()
         self._background_line: deque[asyncio.Future[None]] = deque()
         self._background_free = max(1, limit // _BACKGROUND_SHARE)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one could be taken so that a fifth stays free, and nobody waits: room for what isn't needed."""
+        return (self._free - 1) * _ROOM_SHARE >= self._limit and not self._line
 
     @asynccontextmanager
     async def taken(self, *, background: bool = False) -> AsyncIterator[None]:

@@ -106,6 +106,11 @@ class Teacher:
         self._chat = asking("chat", failed_to_answer)
         self._other = asking("other", could_not_be_reached)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether it may be asked for what isn't strictly needed: it is well, and a fifth of its slots stays free."""
+        return self._chat.is_well and self._slots.has_room
+
     async def complete(
         self,
         request: Json,

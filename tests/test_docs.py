@@ -154,6 +154,7 @@ def exposed() -> Iterator[tuple[str, set[str]]]:
     metrics.record_tokens("t", "teacher", {"prompt_tokens": 1, "completion_tokens": 1})
     metrics.record_confidence("t", 0.5)
     metrics.record_spared("t", 0.25)
+    metrics.record_hedge("t", "used")
     metrics.record_audit("t", True, 0.1)
     metrics.record_logged("t")
     metrics.record_lost("t")

@@ -21,6 +21,7 @@ from loadtest.processes import cpu_seconds
 from loadtest.routing.runner import Runner
 from loadtest.stack import Plan, Stack, running
 from routers.confidence import SCORE, Confidence, Term
+from routers.foresight import WIDTH, Foresight
 from routers.meter import TokenMeter
 from routers.router import Router
 from routers.simulator import Message, simulate
@@ -95,6 +96,8 @@ def decisions(release: SimulatedRelease, texts: Sequence[str], calls: int) -> di
             taking.add(*token)
 
     student = release.release.student
+    # Its weights don't matter here, as long as there are as many.
+    ahead = Foresight((0.1,) * WIDTH, 0.5, 1.0, 0.0, 0.1, 0.0)
     return {
         "decide by the score alone": cost(lambda: of_score.decide(score, {}, answer), calls),
         f"decide for a linear student, {len(signals) + 1} hinged signals": cost(
@@ -105,6 +108,9 @@ def decisions(release: SimulatedRelease, texts: Sequence[str], calls: int) -> di
         ),
         "read one token's log-probabilities (top 5)": cost(add, max(1, calls // _TOKENS)) / _TOKENS,
         f"signals of {_TOKENS} tokens at a checkpoint": cost(meter.signals, calls),
+        "foresee an escalation, where there is something to foresee for": cost(
+            lambda: ahead.skips(texts[0]), calls
+        ),
         "the linear student's answer itself": cost(lambda: student.predict(texts[0]), max(1, calls // 20)),
     }
 

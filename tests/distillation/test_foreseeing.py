@@ -108,6 +108,18 @@ class TestWhatIsLearned:
         assert FORESIGHT_FILE not in found.candidate.files()
         assert not found.skipping["on"] and why in found.skipping["why"]
 
+    def test_a_hedge_needs_foresight_that_skips_nothing(self) -> None:
+        student = StudentChoice(
+            kind="lm", base_url="http://localhost/v1", model="m", hedge=True, skip="never"
+        )
+        found = look(None, POLICY.model_copy(update={"student": student}))
+        assert found.candidate is not None
+        foresight = found.candidate.ahead.foresight
+        assert foresight is not None and foresight.skip_below is None
+        assert foresight.hedges(POEM.format("winter"))
+        assert not foresight.hedges(KINDS["card"].format("7"))
+        assert not found.candidate.ahead.skipped
+
     def test_few_labels_cant_show_that_little_is_lost(self) -> None:
         found = look(SLOW, with_student(skip_at_most=0.001))
         assert found.candidate is not None

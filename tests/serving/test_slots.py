@@ -31,6 +31,19 @@ def test_so_many_at_once_so_many_waiting_and_no_more() -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("limit", [1, 4, 5, 10, 1000])
+def test_a_fifth_stays_free_of_what_isnt_needed(limit: int) -> None:
+    async def scenario() -> None:
+        slots = Slots(limit, waiting=1)
+        taken = 0
+        while slots.has_room:
+            await slots.take()
+            taken += 1
+        assert limit - taken >= limit / 5 > limit - taken - 1
+
+    run(scenario())
+
+
 def test_patience_ends() -> None:
     async def scenario() -> None:
         slots = Slots(1, waiting=5, patience_s=0.05)
