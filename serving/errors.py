@@ -7,7 +7,12 @@ UnderstudyError
 ├── UnknownTask, UnknownRelease
 ├── WithdrawnMeanwhile     a release was withdrawn while its successor was learned from labels of before
 ├── LearningElsewhere      another process is learning this task (distillation/journal.py)
+├── StudentSilent          a student that is asked about the log gave no answers (distillation/kind.py)
+├── ErasedMeanwhile        something was erased while it was asked (serving/student_answers.py)
 ├── StackError             a process that a replay started has died (loadtest/stack.py)
+├── UnreadableShop         a recording to measure with isn't there (loadtest/routing/shop.py)
+├── NothingToMeasure       it gave no release to measure with (loadtest/routing/cost.py)
+├── ReplayFailed           a replay that is measured ended with an error (loadtest/routing/over_http.py)
 ├── StudentUnavailable     a student took too long or is left alone (serving/guarded_student.py)
 ├── RequestError           the client's fault: becomes OpenAI's envelope with its own status
 │   └── ScriptedError      an error that the stand-in was asked for (serving/stand_in.py)
@@ -18,6 +23,8 @@ UnderstudyError
     ├── UpstreamBusy       not asked: too many requests wait for it already (serving/slots.py)
     └── UpstreamBroken     no connection, or one that ended in the middle of an answer
         ├── NothingSent      no connection: the upstream saw nothing (serving/upstream.py)
+        ├── StudentBroken    a student's server gave no whole answer (serving/lm_stream.py)
+        │   └── StudentRefused   it won't have this request
         ├── StaleConnection  a kept connection had ended (serving/upstream.py)
         └── StreamFailed     the teacher reported an error in its stream (serving/teacher_stream.py)
 
