@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from serving import sight
-from serving.agreement import Comparison
+from serving.agreement import Comparison, comparison
 from serving.chat import last_user_text
 from serving.exchange import Exchange, Json
 from serving.linear import KnownAnswer, TokenEstimate
+from serving.settings import TaskPolicy
 from serving.sight import Sees
 
 Unsupported = Callable[[Json], str | None]
@@ -87,7 +88,7 @@ class Dataset:
 
 def build_dataset(
     exchanges: Iterable[Exchange],
-    comparison: Comparison,
+    comparing: Comparison,
     sees: Sees = "message",
     *,
     unsupported: Unsupported | None = None,
@@ -134,7 +135,7 @@ def build_dataset(
                     if unsupported is None
                     else last_user_text(exchange.request) or ""
                 ),
-                answer=_answer(exchange, comparison),
+                answer=_answer(exchange, comparing),
                 choices=teacher.choices if teacher is not None else None,
                 prompt_tokens=_count(usage, "prompt_tokens"),
                 completion_tokens=_count(usage, "completion_tokens"),
@@ -150,11 +151,27 @@ def build_dataset(
     return dataset
 
 
-def _answer(exchange: Exchange, comparison: Comparison) -> str | None:
+def dataset_of(exchanges: Iterable[Exchange], policy: TaskPolicy) -> Dataset:
+    """The dataset of the student that a policy asks for, as learning will see it."""
+    comparing = comparison(policy.agreement)
+    if policy.student.kind == "linear":
+        return build_dataset(exchanges, comparing, policy.student.sees)
+    from serving.lm import unsupported  # with the HTTP client, which a linear student doesn't need
+
+    until = policy.student.trained_until
+    return build_dataset(
+        exchanges,
+        comparing,
+        unsupported=unsupported,
+        trained_until=-math.inf if until is None else until.timestamp(),
+    )
+
+
+def _answer(exchange: Exchange, comparing: Comparison) -> str | None:
     """The normal form of the teacher's answer; of a redacted one a form that no student can give."""
     if exchange.teacher is None:
         return None
-    key = comparison.key(exchange.teacher.choices)
+    key = comparing.key(exchange.teacher.choices)
     return f" redacted {key}" if "teacher" in exchange.redacted else key
 
 

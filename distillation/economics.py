@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from distillation.dataset import Dataset, build_dataset
+from distillation.dataset import Dataset, dataset_of
 from distillation.due import not_due
 from distillation.journal import LookJournal
 from distillation.prompts import Prompts
 from distillation.watching import Watched, came_after, live_of, watched
 from routers.looks import unseen_chance
-from serving.agreement import comparison
 from serving.exchange import Exchange, Json
 from serving.live import Withdrawal
 from serving.log import LogReader
 from serving.settings import RESERVED_TASKS, Settings, TaskSettings
-from serving.sight import Sees
 
 _SEE_MORE = 'student.sees = "last" or "conversation" would see them'
 
@@ -44,7 +42,7 @@ class TaskSummary:
     outlook: str
     damaged_lines: int
     unpriced: int = 0
-    sees: Sees = "message"
+    sees: str = "message"
     watched: Watched | None = None
     withdrawn: Withdrawal | None = None
 
@@ -70,9 +68,7 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
     policy = settings.for_task(task) if task not in RESERVED_TASKS else TaskSettings(name=task)
     live = live_of(settings, task)
     fence = live.fence if live is not None else 0.0
-    dataset = build_dataset(
-        came_after(read.exchanges, fence), comparison(policy.agreement), policy.student.sees
-    )
+    dataset = dataset_of(came_after(read.exchanges, fence), policy)
     answers = dataset.answers
     prices = [
         e.teacher.cost_usd
@@ -97,7 +93,7 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
         unpriced=sum(
             _paid_for(e) and e.teacher.cost_usd is None for e in read.exchanges if e.teacher is not None
         ),
-        sees=policy.student.sees,
+        sees=policy.student.sees if policy.student.kind == "linear" else "request",
         watched=watched(settings, task, live, read.exchanges),
         withdrawn=withdrawn,
     )

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from distillation.dataset import Dataset, build_dataset
+from distillation.dataset import Dataset, dataset_of
 from distillation.past import Past, redoable
 from routers.foresight_fit import Stakes
-from serving.agreement import comparison
 from serving.errors import UnderstudyError
 from serving.exchange import Exchange, Json
 from serving.releases import ReleaseStore
@@ -71,7 +70,7 @@ class LinearKind:
 
     def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
         """Rows by what the student sees."""
-        return build_dataset(exchanges, comparison(self._policy.agreement), self._policy.student.sees)
+        return dataset_of(exchanges, self._policy)
 
     def prepare(
         self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress

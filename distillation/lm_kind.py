@@ -18,7 +18,7 @@ import numpy as np
 from distillation.ahead import Ahead
 from distillation.as_served import AsServed, Known, as_served, columns
 from distillation.asking import ask
-from distillation.dataset import Dataset, Row, build_dataset
+from distillation.dataset import Dataset, Row, dataset_of
 from distillation.kind import Progress, StudentSilent
 from distillation.lm_release import Answered, LmRelease, is_streamed, read_lm_release, stopping, student_id
 from distillation.past import Past, read_past
@@ -29,7 +29,7 @@ from routers.router import Router
 from serving.agreement import comparison
 from serving.errors import DamagedRelease, UnknownRelease
 from serving.exchange import Exchange, Json, StudentAnswer
-from serving.lm import LmStudent, unsupported
+from serving.lm import LmStudent
 from serving.lm_plan import LmPlan
 from serving.redaction import Redactor
 from serving.releases import Release, ReleaseStore
@@ -55,13 +55,7 @@ class LmKind:
 
     def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
         """Rows by what the model supports, after the time until which it was trained."""
-        until = self._policy.student.trained_until
-        return build_dataset(
-            exchanges,
-            self._comparing,
-            unsupported=unsupported,
-            trained_until=-math.inf if until is None else until.timestamp(),
-        )
+        return dataset_of(exchanges, self._policy)
 
     def prepare(
         self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress

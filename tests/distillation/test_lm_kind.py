@@ -16,6 +16,7 @@ import pytest
 
 from distillation.as_served import Known, as_served
 from distillation.dataset import Row
+from distillation.economics import summarise
 from distillation.journal import LookJournal
 from distillation.learning import Lesson, learn
 from distillation.lm_release import Answered, read_lm_release
@@ -152,6 +153,23 @@ def test_a_torn_file_costs_the_torn_answers(write_log: Make, exchanges: Make, st
     (state / "tasks" / "intents" / "looks.jsonl").unlink()
     lesson(settings(state, server.url))
     assert server.asked == 90 + 40
+
+
+def test_conversations_and_tools_are_labels_too(write_log: Make, exchanges: Make, student: Make) -> None:
+    lines = said(80)
+    server = student(lines)
+    earlier = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "how can I help?"}]
+    tool = {"type": "function", "function": {"name": "track", "parameters": {"type": "object"}}}
+    talks = [
+        dataclasses.replace(
+            e, request={**e.request, "tools": [tool], "messages": [*earlier, *e.request["messages"]]}
+        )
+        for e in exchanges(pairs(lines))
+    ]
+    configured = settings(write_log(talks), server.url)
+    (summary,) = summarise(configured)
+    assert (summary.labels, summary.outlook, summary.sees) == (80, "yes: a look is due", "request")
+    assert lesson(configured).labels == server.asked == 80
 
 
 class TestFailures:
