@@ -206,7 +206,7 @@ def test_the_promise_on_a_recorded_stream() -> None:
     assert run.teacher_share() < 1.0
     for kept in run.releases:
         # Not shown broken: P(at least so many | exactly 10 % disagree) isn't tiny.
-        assert kept.answered > 100
+        assert kept.answered >= 100
         assert kept.disagreed == 0 or 1.0 - binomial_tail(kept.disagreed - 1, kept.answered, 0.1) > 0.01
     right = sum(one.answer == message.gold for one, message in zip(run.served, messages, strict=True))
     teacher = sum(message.teacher == message.gold for message in messages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from routers.promise import Promise
 
 Floats = NDArray[np.float64]
 Task = tuple[Floats, dict[str, Floats], list[str | None], NDArray[np.bool_]]
-SHOP = Path(__file__).parents[3] / "shared/data/frugalml_shop/SHOP.csv"
+DATA = Path(os.environ.get("UNDERSTUDY_DATA") or Path(__file__).parents[3] / "shared" / "data")
+SHOP = DATA / "frugalml_shop" / "SHOP.csv"
 
 
 def task(count: int, seed: int = 0) -> Task:
@@ -103,7 +105,10 @@ def test_a_promise_needs_ranks_that_no_label_had_a_hand_in(crossed: bool) -> Non
     assert bool(binomtest(count, lives, 0.1, alternative="greater").pvalue > 1e-3) is crossed, count
 
 
-@pytest.mark.skipif(not SHOP.is_file(), reason=f"the recorded predictions aren't there: {SHOP}")
+@pytest.mark.skipif(
+    not SHOP.is_file(),
+    reason=f"there is no {SHOP}; UNDERSTUDY_DATA names the folder that holds frugalml_shop",
+)
 def test_no_worse_than_the_raw_confidence_on_recorded_predictions() -> None:
     """FrugalML's SHOP, student model 4 and teacher model 3: the raw confidence is hard to beat there."""
     with SHOP.open() as file:
@@ -114,7 +119,12 @@ def test_no_worse_than_the_raw_confidence_on_recorded_predictions() -> None:
     fitted = HeldOutConfidence().fit(score, {}, keys, agreed)
     right, teacher = (np.array([row[name] == row["true"] for row in rows]) for name in ("pred_4", "pred_3"))
     raw = frontier(score, right, teacher)
-    ours = frontier(fitted.ranks(score, {}, keys), right, teacher)
-    assert (ours.apgr() or 0.0) >= (raw.apgr() or 1.0) - 1e-3
-    for share in (0.5, 0.8):
-        assert (ours.cpt(share) or 1.0) <= (raw.cpt(share) or 0.0) + 1e-3
+    released = frontier(fitted.estimator_.confidence_.ranks(score, {}, keys), right, teacher)
+    assert (released.apgr(), released.cpt(0.5), released.cpt(0.8)) == pytest.approx(
+        (raw.apgr(), raw.cpt(0.5), raw.cpt(0.8))
+    )
+    # Scores that tie are told apart by their folds' confidences, at random.
+    held_out = frontier(fitted.ranks(score, {}, keys), right, teacher)
+    assert (held_out.apgr(), held_out.cpt(0.5), held_out.cpt(0.8)) == pytest.approx(
+        (raw.apgr(), raw.cpt(0.5), raw.cpt(0.8)), abs=5e-3
+    )
