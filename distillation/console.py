@@ -162,6 +162,15 @@ def print_tasks(
             outlooks.append(
                 (summary.task, f"{summary.unpriced:,} answers of the teacher have no price: {_PRICE}")
             )
+        if summary.spared is not None:
+            spared = summary.spared
+            outlooks.append(
+                (
+                    summary.task,
+                    f"{spared.requests:,} requests skipped the student, whose escalation was foreseen: about "
+                    f"{spared.seconds:,.1f} s of it spared, ${spared.usd:,.4f} (estimated)",
+                )
+            )
     Console().print(table)
     print("\nWorth a student?")
     for task, outlook in outlooks:

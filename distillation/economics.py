@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from distillation.dataset import Dataset, dataset_of
@@ -20,6 +21,15 @@ _SEE_MORE = 'student.sees = "last" or "conversation" would see them'
 
 
 @dataclass(frozen=True, slots=True)
+class Spared:
+    """What skipping the student has spared, estimated by what it takes on average: requests, its seconds, and USD."""
+
+    requests: int
+    seconds: float
+    usd: float
+
+
+@dataclass(frozen=True, slots=True)
 class TaskSummary:
     """One line of `understudy tasks`.
 
@@ -28,6 +38,7 @@ class TaskSummary:
     them have no price, `unseen` the chance that the next answer is new. `outlook` says in words whether a student
     looks worth it, and why; `sees` what of a request the next student will see. `watched` is how the live release does,
     `withdrawn` why none is live, if the watch took it away: `labels` and `outlook` are then of what came since.
+    `spared` is there where the student was skipped.
     """
 
     task: str
@@ -45,6 +56,7 @@ class TaskSummary:
     sees: str = "message"
     watched: Watched | None = None
     withdrawn: Withdrawal | None = None
+    spared: Spared | None = None
 
     def to_json(self) -> Json:
         """The summary as `--json` prints it."""
@@ -96,7 +108,17 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
         sees=policy.student.sees if policy.student.kind == "linear" else "request",
         watched=watched(settings, task, live, read.exchanges),
         withdrawn=withdrawn,
+        spared=_spared(read.exchanges, settings.student.usd_per_hour),
     )
+
+
+def _spared(exchanges: Sequence[Exchange], usd_per_hour: float) -> Spared | None:
+    skipped = sum(exchange.reason == "skipped" for exchange in exchanges)
+    if not skipped:
+        return None
+    took = [e.student.latency_s for e in exchanges if e.student is not None and not e.replayed]
+    seconds = skipped * sum(took) / len(took) if took else 0.0
+    return Spared(skipped, seconds, seconds * usd_per_hour / 3600)
 
 
 def _paid_for(exchange: Exchange) -> bool:

@@ -266,7 +266,9 @@ def _bet(
 def _message(outcome: str, release: str | None, card: Json, policy: TaskSettings) -> str:
     promise = f"at most {policy.max_disagreement:.1%} disagreement, {policy.certainty:.0%} certain"
     if outcome == "released":
-        return f"{release} is live: answers about {card['coverage']:.0%} with {promise}"
+        skipping = card["skipping"]
+        left_out = f"; doesn't show its student {skipping['skipped']:.0%}" if skipping["on"] else ""
+        return f"{release} is live: answers about {card['coverage']:.0%} with {promise}{left_out}"
     tested = [level for level in card["levels"] if level["p_value"] is not None]
     if not tested:
         return f"no level has enough labels yet for {promise}; more labels are needed"
