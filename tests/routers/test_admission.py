@@ -162,3 +162,19 @@ def test_answers_without_a_key_are_nobodys_slice() -> None:
     assert found.given == {"None": int((answer == "None").sum())}, "nor those of an answer called so"
     assert set(found.proven) == {"None"}
     assert not found.accepted[unknown == None].any()  # noqa: E711 - of each element
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [(0.1, 0.4), (0.09, 0.2)],
+    ids=["what is left sits at the boundary", "vetoes find some of them"],
+)
+def test_promises_are_kept_where_vetoes_decide(good: float, bad: float) -> None:
+    rates = {f"{k}": bad if k < 2 else good for k in range(10)}
+    lives, broken = 250, 0
+    for seed in range(lives):
+        answer, agreed = drawn(seed, 800, rates)
+        found = verdict(answer, agreed, ranks=np.random.default_rng(seed + 10**6).random(800), seed=seed)
+        left = [rate for key, rate in rates.items() if key not in found.vetoed]
+        broken += found.passed and float(np.mean(left)) >= ALPHA - 1e-9
+    assert binomtest(broken, lives, DELTA, alternative="greater").pvalue > 1e-3, f"{broken} of {lives}"
