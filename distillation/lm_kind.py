@@ -77,7 +77,7 @@ class LmKind:
         if not any(math.isfinite(one.answer.score) for one in self._answered.values()):
             raise StudentSilent(
                 f"{self._plan.model} at student.base_url gives no log-probabilities, and without them nothing tells "
-                "how sure it is; use a server that gives them (logprobs), such as vLLM"
+                "how sure it is; use a server that gives them (logprobs), such as vLLM, or set student.samples"
             )
         past: dict[str, Past] = {}
         for name in [name for name in dataset.traffic if name is not None]:

@@ -40,7 +40,12 @@ async def _check(plan: LmPlan) -> Finding:
     took = time.perf_counter() - began
     if not math.isfinite(answer.score):
         said = f"{plan.model!r} gives no log-probabilities, so that it can never be trusted"
-        return Finding("student", "problem", said, "use a server that gives them (logprobs), such as vLLM")
+        return Finding(
+            "student",
+            "problem",
+            said,
+            "use a server that gives them (logprobs), such as vLLM, or set student.samples",
+        )
     said = f"{plan.model!r} answered in {took * 1000:.0f} ms, with log-probabilities"
     if took > plan.hold_back_s:
         advice = "a faster one, or a longer student.hold_back_s: streamed requests wait that long at most"
