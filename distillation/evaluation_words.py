@@ -63,7 +63,9 @@ def verdict(evaluation: Evaluation) -> str:
     if found.value is None:
         return "not audited yet: no answer of this release has been checked since it went live"
     state = (
-        "within the promise" if found.value <= alpha else "above what was promised, but that may be chance"
+        "nothing against the promise"
+        if found.value <= alpha
+        else "above what was promised, but that may be chance"
     )
     if found.high <= alpha:
         state = "within the promise, and clearly so"
