@@ -230,20 +230,28 @@ PLANTED: dict[str, Planted] = {
 
 @dataclass(frozen=True, slots=True)
 class Lived:
-    """How many lives broke the promise with the rule off and on, and how many fine students are live with it on."""
+    """How many lives broke the promise, rule off and on; and of `tried` fine students how many went live, rule on."""
 
-    off: int
-    on: int
-    fine: int
+    off: int = 0
+    on: int = 0
+    fine: int = 0
+    tried: int = 0
+
+    def __add__(self, other: Lived) -> Lived:
+        return Lived(
+            self.off + other.off, self.on + other.on, self.fine + other.fine, self.tried + other.tried
+        )
 
 
 def live(name: str, seeds: Sequence[int]) -> Lived:
-    """Live one planted failure's life with every seed."""
+    """Live one planted failure's life with every seed, and with every fourth that of a fine student."""
     life = PLANTED[name].life
+    fine = [seed for seed in seeds if seed % 4 == 0]
     return Lived(
         off=sum(life(seed, False, False) is True for seed in seeds),
         on=sum(life(seed, True, False) is True for seed in seeds),
-        fine=sum(life(seed, True, True) is False for seed in seeds),
+        fine=sum(life(seed, True, True) is False for seed in fine),
+        tried=len(fine),
     )
 
 
@@ -251,12 +259,11 @@ def tables(runner: Runner) -> Iterator[Table]:
     """Live every life and give the table."""
     lives = runner.scaled(LIVES)
     pieces = [
-        (name, range(start, min(start + 25, lives))) for name in PLANTED for start in range(0, lives, 25)
+        (name, range(start, min(start + 20, lives))) for name in PLANTED for start in range(0, lives, 20)
     ]
-    found = {name: Lived(0, 0, 0) for name in PLANTED}
+    found = {name: Lived() for name in PLANTED}
     for (name, _), part in runner.each("planted", live, pieces):
-        before = found[name]
-        found[name] = Lived(before.off + part.off, before.on + part.on, before.fine + part.fine)
+        found[name] += part
     yield table_of(found, lives)
 
 
@@ -275,6 +282,6 @@ def table_of(found: dict[str, Lived], lives: int) -> Table:
             f"{lived.off / lives:.1%}",
             f"{lived.on / lives:.1%}",
             "kept" if is_kept(lived.on, lives, DELTA) else "BROKEN",
-            f"{lived.fine / lives:.1%}",
+            f"{lived.fine / lived.tried:.0%}",
         )
     return table

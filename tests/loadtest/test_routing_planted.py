@@ -29,7 +29,8 @@ def test_what_goes_wrong_without_the_rule(name: str) -> None:
 
 
 def test_the_table_says_what_was_kept() -> None:
-    assert live("drift", range(5)) == Lived(off=5, on=0, fine=5)
-    shown = table_of({"drift": Lived(200, 3, 199), "looks": Lived(90, 60, 200)}, 200)
+    assert live("drift", range(5)) == Lived(off=5, on=0, fine=2, tried=2)
+    shown = table_of({"drift": Lived(200, 3, 49, 50), "looks": Lived(90, 60, 50, 50)}, 200)
     assert [*shown.columns[2].cells] == ["100.0%", "45.0%"]
     assert [*shown.columns[4].cells] == ["kept", "BROKEN"]
+    assert [*shown.columns[5].cells] == ["98%", "100%"]
