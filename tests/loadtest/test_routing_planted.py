@@ -11,7 +11,7 @@ from loadtest.routing.lives import DELTA
 from loadtest.routing.planted import PLANTED, Lived, live, table_of
 from loadtest.routing.verdict import is_kept
 
-LIVES = {"looks": 20, "replays": 14, "coin": 12}
+LIVES = {"looks": 10, "replays": 14, "coin": 12}
 """Where the rule's absence breaks half of the lives, not nearly all, it takes more of them to show."""
 
 
