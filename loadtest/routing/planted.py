@@ -111,26 +111,26 @@ def _by_logistic(fitted: Sequence[str], agreed: Bools, texts: Sequence[str]) -> 
 
 def tilted_sample(rng: Rng, fine: bool) -> Task:
     """90 % of the traffic is one answer, on which 13 % disagree; a balanced sample of ten answers hardly sees it."""
-    answers = np.where(rng.random(2000) < 0.9, 0, rng.integers(1, 10, 2000))
-    disagrees = rng.random(2000) < np.where(answers == 0, 0.03 if fine else 0.13, 0.02)
-    scores = rng.random(2000)
+    answers = np.where(rng.random(3000) < 0.9, 0, rng.integers(1, 10, 3000))
+    disagrees = rng.random(3000) < np.where(answers == 0, 0.03 if fine else 0.13, 0.02)
+    scores = rng.random(3000)
     messages = [Message(str(number), str(answer)) for number, answer in enumerate(answers)]
     said = {
         message.text: ("wrong" if wrong else message.teacher, float(score))
         for message, wrong, score in zip(messages, disagrees, scores, strict=True)
     }
-    return Task(messages=messages, said=said, breaks=_always(fine), learn_every=2000)
+    return Task(messages=messages, said=said, breaks=_always(fine), learn_every=3000)
 
 
 def missing_audits(rng: Rng, fine: bool) -> Task:
     """Everything is answered and audited at 30 %; the teacher times out on 70 % of what the student gets wrong."""
-    messages, said = _of(rng.random(1500) < (0.03 if fine else 0.14), rng)
+    messages, said = _of(rng.random(2000) < (0.03 if fine else 0.14), rng)
     return Task(
         messages=messages,
         said=said,
         breaks=_always(fine),
         learn_every=50,
-        first_look=1500,
+        first_look=2000,
         audit_rate=0.3,
         earlier=TableStudent.above(-1.0, said),
         missing=lambda message: 0.7 if said[message.text][0] == "wrong" else 0.0,
@@ -143,7 +143,7 @@ def cache_replays(rng: Rng, fine: bool) -> Task:
     weights /= weights.sum()
     wrong = rng.random(3000) < (0.02 if fine else np.where(np.arange(3000) < 30, 0.25, 0.05))
     scores = rng.random(3000)
-    drawn = rng.choice(3000, size=2000, p=weights)
+    drawn = rng.choice(3000, size=3000, p=weights)
     said = {str(text): ("wrong" if wrong[text] else "right", float(scores[text])) for text in range(3000)}
 
     def broken(release: TableStudent) -> bool:
@@ -154,7 +154,7 @@ def cache_replays(rng: Rng, fine: bool) -> Task:
         messages=[Message(str(text), "right") for text in drawn],
         said=said,
         breaks=broken,
-        learn_every=2000,
+        learn_every=3000,
     )
 
 
