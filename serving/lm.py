@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import orjson
 
 from serving.chat import text_of, token_limit
-from serving.errors import ConfigError, UpstreamRefused
+from serving.errors import ConfigError, RequestError, UpstreamRefused
 from serving.exchange import Json, StudentAnswer
 from serving.lm_plan import LmPlan
 from serving.lm_stream import LmStream, StudentBroken, StudentRefused
@@ -56,6 +56,7 @@ class LmStudent:
         self.patience_s = plan.timeout_s
         self._upstream = upstream
         self._metering = metering
+        self._key = key
         self._headers: Headers = [
             ("content-type", "application/json"),
             ("accept-encoding", "identity"),
@@ -122,24 +123,41 @@ class LmStudent:
             return await self._sent(self._body(request, logprobs=has_logprobs, drawn=drawn))
         except UpstreamRefused as error:
             if not (has_logprobs and may_be_about_logprobs(error)):
-                raise _refusal(error, self._upstream.place) from None
+                raise self._refusal(error) from None
         try:
             response = await self._sent(self._body(request, logprobs=False, drawn=drawn))
         except UpstreamRefused as error:
-            raise _refusal(error, self._upstream.place) from None
+            raise self._refusal(error) from None
         self._has_logprobs = False
         return response
 
     async def _sent(self, asked: Json) -> UpstreamResponse:
         body = orjson.dumps(asked)
         try:
-            response = await self._upstream.request("POST", _CHAT, headers=self._headers, body=body)
-        except StaleConnection:
-            response = await self._upstream.request("POST", _CHAT, headers=self._headers, body=body)
+            try:
+                response = await self._upstream.request("POST", _CHAT, headers=self._headers, body=body)
+            except StaleConnection:
+                response = await self._upstream.request("POST", _CHAT, headers=self._headers, body=body)
+        except RequestError:
+            # Path and headers are the operator's: no client has sent anything wrong.
+            raise StudentBroken(
+                "the student can't be asked: its base_url has a port, credentials beside a key, or characters that "
+                "HTTP doesn't allow; see student.base_url and student.api_key_env"
+            ) from None
         if 200 <= response.status < 300:
             return response
         async with response:
             raise UpstreamRefused(response.status, dict(response.headers), await response.read())
+
+    def _refusal(self, error: UpstreamRefused) -> StudentBroken:
+        """What a refusal means, in the server's own words: without our key, which some repeat."""
+        said = error.body.decode("utf-8", "replace")
+        if self._key is not None:
+            said = said.replace(self._key, "…")
+        kind = StudentRefused if error.status in _OF_THE_REQUEST else StudentBroken
+        return kind(
+            f"the student at {self._upstream.place} answered with status {error.status}: {said[:200].strip()}"
+        )
 
     def _body(self, request: Json, *, logprobs: bool, drawn: bool) -> Json:
         asked: Json = {name: request[name] for name in _PASSED_ON if request.get(name) is not None}
@@ -188,12 +206,6 @@ def unsupported(request: Json) -> str | None:
         return "prefill"
     spoken = (message.get("content") for message in messages)
     return "content" if any(said and text_of(said) is None for said in spoken) else None
-
-
-def _refusal(error: UpstreamRefused, place: str) -> StudentBroken:
-    said = error.body[:200].decode("utf-8", "replace").strip()
-    kind = StudentRefused if error.status in _OF_THE_REQUEST else StudentBroken
-    return kind(f"the student at {place} answered with status {error.status}: {said}")
 
 
 def _key(variable: str | None) -> str | None:

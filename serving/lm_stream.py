@@ -21,12 +21,19 @@ from serving.logprobs import hide_logprobs, without_logprobs
 from serving.mending import Mender
 from serving.sse import EventParser
 from serving.student import CommitPlan, Piece
+from serving.student_chunk import answer_of
 from serving.tally import Tally
 from serving.teacher_stream import completion_of
 from serving.upstream import MOST_ANSWER_BYTES, UpstreamResponse
 
 _DONE = b"[DONE]"
 _DRAIN_S = 0.1
+_MOST_PIECES_A_TOKEN = 4
+"""Without log-probabilities the pieces of an answer are counted, and some servers cut their text finer than tokens."""
+_FEW = 16
+_MOST_TOKEN_BYTES = 8192
+"""A token takes so much of a stream at most: its own chunk, with 20 alternatives, their bytes written as numbers."""
+_LEAST_BYTES = 1024 * 1024
 
 
 class StudentBroken(UpstreamBroken):
@@ -62,6 +69,8 @@ class LmStream:
         self._began = time.perf_counter()
         self._response: UpstreamResponse | None = None
         self._bytes = 0
+        # What isn't kept counts as well: a server that streams for ever, whatever it is, comes to an end here.
+        self._most_bytes = min(MOST_ANSWER_BYTES, _LEAST_BYTES + _MOST_TOKEN_BYTES * max(limit, 0))
         self._parser = EventParser()
         self._mender = Mender(model=plan.model)
         self._assembler = Assembler()
@@ -95,9 +104,10 @@ class LmStream:
         """The answer as far as it has come."""
         choices = self._assembler.choices
         told = (self._assembler.usage or {}).get("completion_tokens")
-        score, signals = self._tally.whole(choices, told if type(told) is int else None)
+        told = told if type(told) is int and told >= 0 else None
+        score, signals = self._tally.whole(choices, told)
         usage = unfinished_usage(self._request, self._assembler)
-        counted = told if type(told) is int else self._tally.tokens or usage["completion_tokens"]
+        counted = told if told is not None else self._tally.tokens or usage["completion_tokens"]
         return StudentAnswer(
             model=self._assembler.model or self._model,
             choices=without_logprobs(choices),
@@ -135,8 +145,10 @@ class LmStream:
                 return None
             piece = await response.read_chunk()
             self._bytes += len(piece or b"")
-            if self._bytes > MOST_ANSWER_BYTES:
-                raise StudentBroken(f"the student's answer is longer than {MOST_ANSWER_BYTES} bytes")
+            if self._bytes > self._most_bytes:
+                raise StudentBroken(
+                    f"the student's answer is longer than {self._most_bytes} bytes, where max_tokens is {self._limit}"
+                )
             if piece is None:
                 self._ended = True
                 self._events.extend(self._parser.end())
@@ -149,11 +161,19 @@ class LmStream:
         return event
 
     def _take(self, data: Json) -> None:
+        try:
+            data["choices"] = answer_of(data.get("choices"))
+        except ValueError as error:
+            raise StudentBroken(f"the student's stream holds {error}") from None
         self._mender.mend(data)
         self._assembler.add(data)
         if not data["choices"]:
             return  # a keep-alive, or the usage, which the assembler has
         reached = [mark for choice in data["choices"] for mark in self._tally.take(choice)]
+        if self._tally.tokens > _MOST_PIECES_A_TOKEN * max(self._limit, _FEW):
+            raise StudentBroken(
+                f"the student goes on after {self._tally.tokens} tokens, where max_tokens is {self._limit}"
+            )
         hide_logprobs(data["choices"])
         self._ready.append(Piece(data["choices"], reached))
 

@@ -392,3 +392,52 @@ def test_a_plan_that_cant_be_is_a_damaged_release(change: Json) -> None:
         LmPlan.load({PLAN_FILE: b"{"})
     with pytest.raises(DamagedRelease):
         LmPlan.load({})
+
+
+class Endless:
+    """Sends `piece` again and again until nobody listens any more."""
+
+    def __init__(self, piece: bytes) -> None:
+        self._piece = piece
+        self.left = False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        while (await receive()).get("more_body", False):
+            pass
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        leaving = asyncio.ensure_future(receive())
+        while not leaving.done():
+            await send({"type": "http.response.body", "body": self._piece, "more_body": True})
+            await asyncio.sleep(0)
+        self.left = True
+
+
+@pytest.mark.parametrize(
+    ("piece", "said"),
+    [
+        (chunk("late", -0.1), "goes on after .* max_tokens is 20"),
+        (b": still here\n\n" * 1000, "longer than .* max_tokens is 20"),
+        (b"data: " + b"x" * 10_000, "longer than .* max_tokens is 20"),
+    ],
+    ids=["text", "keep-alives", "one event"],
+)
+def test_a_server_that_goes_on_for_ever_is_left(
+    serve: Start, eventually: Start, piece: bytes, said: str
+) -> None:
+    server = Endless(piece)
+    with pytest.raises(UpstreamBroken, match=said):
+        ask(LmStudent.of(plan(f"{serve(server)}/v1", max_tokens=20), TokenMeter), asking("a"))
+    eventually(lambda: server.left)
+
+
+def test_a_server_that_says_its_key_back_doesnt_have_it_repeated(
+    serve: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUDENT_KEY", "s3cret-key")
+    url = serve(Server(b'{"error": "no such key: s3cret-key"}', status=401))
+    with pytest.raises(UpstreamBroken, match=r"status 401: .*no such key") as raised:
+        ask(LmStudent.of(plan(f"{url}/v1", api_key_env="STUDENT_KEY"), TokenMeter), asking("a"))
+    assert "s3cret" not in str(raised.value)
