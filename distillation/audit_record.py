@@ -51,7 +51,7 @@ def audit_record(
     """The record of `release` in a task's exchanges, oldest first.
 
     The watch is run over them anew, and begins once more with the request that came first after `since` (seconds since
-    the epoch): there the release went live again, or the teacher changed.
+    the epoch), for there the release went live again. Before such a request came, it has seen nothing.
     """
     watch, began = Watch(max_disagreement, certainty), False
     points: list[AuditPoint] = []
@@ -69,6 +69,8 @@ def audit_record(
             watch, began = Watch(max_disagreement, certainty), True
         watch.observe(not outcomes[-1])
         points.append(AuditPoint(exchange.created, len(outcomes), sum(outcomes), watch.evidence))
+    if not began and since > 0.0:
+        watch = Watch(max_disagreement, certainty)
     return AuditRecord(
         audits=len(outcomes),
         missing=missing,

@@ -166,8 +166,9 @@ def _which(store: ReleaseStore, task: str, release: str | None) -> tuple[str, bo
     if name is None:
         there = ", ".join(store.names(task))
         if not there:
-            raise UnknownRelease(
-                f"task {task} has no release to evaluate; `understudy learn --task {task}` says what a look would find"
+            raise store.unknown(
+                task,
+                f"task {task} has no release to evaluate; `understudy learn --task {task}` says what a look would find",
             )
         raise UnknownRelease(f"no release of task {task} is live; name one with --release: {there}")
     return name, live is not None and live.release == name

@@ -13,9 +13,11 @@ from serving.errors import UnderstudyError
 def page_writer(path: Path) -> Callable[[Evaluation], None]:
     """What writes an evaluation's page to `path`, whole or not at all.
 
-    Raises UnderstudyError where matplotlib isn't installed or there is no such folder, and the writer OSError as the
-    disk does.
+    Raises UnderstudyError where matplotlib isn't installed, where there is no such folder or `path` is one, and the
+    writer OSError as the disk does.
     """
+    if path.is_dir():
+        raise UnderstudyError(f"{path} is a folder: name a file in it, such as {path / 'page.html'}")
     if not path.parent.is_dir():
         raise UnderstudyError(f"there is no folder {path.parent} to write {path.name} into")
     try:

@@ -57,8 +57,8 @@ def verdict(evaluation: Evaluation) -> str:
     found = audits.disagreement
     if audits.alarmed:
         return (
-            f"broken: {audits.audits:,} audits are evidence of {audits.evidence:,.0f} to 1 against it "
-            f"(the alarm is at {audits.alarm_at:,.0f})"
+            f"broken: {with_interval(found)} of {audits.audits:,} audits disagreed, evidence of "
+            f"{_odds(audits.evidence)} to 1 against it (the alarm is at {audits.alarm_at:,.0f})"
         )
     if found.value is None:
         return "not audited yet: no answer of this release has been checked since it went live"
@@ -69,6 +69,8 @@ def verdict(evaluation: Evaluation) -> str:
     )
     if found.high <= alpha:
         state = "within the promise, and clearly so"
+    elif found.low > alpha:  # in all its life, of which the watch sees the last part
+        state = "above what was promised, hardly by chance, without an alarm since it last went live"
     return f"{state}: {with_interval(found)} of {audits.audits:,} audits disagreed"
 
 
@@ -77,7 +79,7 @@ def measures(judgement: Judgement) -> list[tuple[str, str]]:
     ranking, best = judgement.ranking, judgement.ranking_best
     lines = [
         ("labels", f"{judgement.labels:,}"),
-        ("worth (equal ones)", f"{judgement.effective:,.0f}"),
+        ("… as if of equal weight", f"{judgement.effective:,.0f}"),
         ("agrees with teacher", with_interval(judgement.agreement)),
         ("student answers", with_interval(judgement.coverage)),
         ("… and disagrees", with_interval(judgement.disagreement)),
@@ -154,6 +156,11 @@ def spent_in_words(evaluation: Evaluation) -> str:
         f"admitted by look {admitted.look} since the release before, on {admitted.labels or 0:,} labels; it spent "
         f"{100.0 * admitted.delta:.2f} of the {100.0 * delta:.2f} % that all looks may err together"
     )
+
+
+def _odds(evidence: float) -> str:
+    """An e-value for people: beyond a million it is only the number of digits that grows."""
+    return "more than a million" if evidence > 1e6 else f"{evidence:,.0f}"
 
 
 def _number(value: float | None) -> str:

@@ -222,7 +222,7 @@ class ReleaseStore:
         """
         live = self.live(task)
         if live is None or (live.release is None and not live.previous):
-            raise self._unknown(
+            raise self.unknown(
                 task, f"no release of task {task} is live, so there is nothing to go back from"
             )
         with self._changing(task) as now:
@@ -306,11 +306,11 @@ class ReleaseStore:
             directory = self._releases(task) / f"{_REPLACED}{release}"  # for a moment, or since a writer died
         if not RELEASE_NAME.fullmatch(release) or not directory.is_dir():
             known = ", ".join(self.names(task)) or "none yet"
-            raise self._unknown(task, f"task {task} has no release {release!r}; it has: {known}")
+            raise self.unknown(task, f"task {task} has no release {release!r}; it has: {known}")
         return directory
 
-    def _unknown(self, task: str, said: str) -> UnknownRelease:
-        """`said`, unless there is no such task: then that, and which there are."""
+    def unknown(self, task: str, said: str) -> UnknownRelease:
+        """The error to raise: `said`, unless there is no such task; then that, and which there are."""
         if not task_directory(self._state_dir, task).is_dir():
             known = ", ".join(task_names(self._state_dir)) or "none yet"
             said = f"there is no task {task} under {self._state_dir}; there are: {known}"

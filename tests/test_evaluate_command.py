@@ -90,6 +90,9 @@ def test_the_page(run: Make, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if "writing" in path.name] == []
     said = run("intents", "--html", "nowhere/page.html", code=2).stderr
     assert said == "understudy: there is no folder nowhere to write page.html into\n"
+    (tmp_path / "pages").mkdir()
+    said = run("intents", "--html", "pages", code=2).stderr
+    assert said == "understudy: pages is a folder: name a file in it, such as pages/page.html\n"
 
 
 def test_without_matplotlib(run: Make, tmp_path: Path, state: Path) -> None:
@@ -114,7 +117,7 @@ def test_without_matplotlib(run: Make, tmp_path: Path, state: Path) -> None:
 
 
 def test_what_isnt_there(run: Make, state: Path) -> None:
-    assert "has no release to evaluate" in run("parcels", code=2).stderr
+    assert "there is no task parcels under" in run("parcels", code=2).stderr
     assert "nowhere.csv can't be read" in run("intents", "--file", "nowhere.csv", code=2).stderr
     (state / "tasks" / "intents" / "releases" / "r0001" / "router.json").write_bytes(b"{}")
     assert "router.json doesn't match its checksum" in run("intents", code=2).stderr

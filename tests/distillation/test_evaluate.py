@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from distillation.evaluate import evaluate
 from distillation.evaluation import Evaluation
+from distillation.evaluation_words import verdict
 from distillation.learning import learn
 from distillation.past import read_past
 from routers.frontier import frontier
@@ -142,6 +144,9 @@ class TestTheLog:
         assert found.audits.disagreement.value == wrong / 100
         assert found.audits.points[-1].evidence == found.audits.evidence
         assert found.audits.alarmed, "a third disagree where a tenth was promised"
+        assert re.match(
+            r"broken: \d+\.\d % .* of 100 audits disagreed, evidence of more than a million", verdict(found)
+        )
         assert found.since is not None
         assert found.since.labels == 100
         assert found.since.effective == pytest.approx(100)
@@ -278,14 +283,37 @@ class TestStrangeLogs:
             evaluate(settings(state), "intents")
 
 
+class TestAReleaseThatWentLiveAgain:
+    """The watch begins anew there, and so does the verdict; what all its audits showed is still said."""
+
+    def test_no_alarm_of_before_stands(self, released: Path, write_log: Make, exchanges: Make) -> None:
+        made = exchanges(pairs(40, first=500), start=1e9)
+        wrong = [served(one, "other", rate=0.5, audited=True) for one in made]
+        write_log(wrong)
+        store = ReleaseStore(released)
+        live = store.live("intents")
+        assert live is not None
+        assert store.withdraw("intents", live, "disagreement", "40 of 40 audits disagreed") is not None
+        found = evaluate(settings(released), "intents", "r0001")
+        assert found.audits.alarmed
+        store.set_live("intents", "r0001")
+        found = evaluate(settings(released), "intents")
+        assert (found.audits.audits, found.audits.alarmed, found.audits.evidence) == (40, False, 1.0)
+        assert "hardly by chance, without an alarm since it last went live: 100.0 %" in verdict(found)
+        assert any("40 of 40 audits disagreed" in note for note in found.notes)
+
+
 class TestWhatIsntThere:
     def test_names(self, released: Path) -> None:
         with pytest.raises(UnknownRelease, match="it has: r0001"):
             evaluate(settings(released), "intents", "r0007")
-        with pytest.raises(
-            UnknownRelease, match="has no release to evaluate; `understudy learn --task nothing`"
-        ):
+        with pytest.raises(UnknownRelease, match=r"there is no task nothing under .*; there are: intents"):
             evaluate(settings(released), "nothing")
+        (released / "tasks" / "young").mkdir()
+        with pytest.raises(
+            UnknownRelease, match="has no release to evaluate; `understudy learn --task young`"
+        ):
+            evaluate(settings(released), "young")
         with pytest.raises(UnknownTask):
             evaluate(settings(released), "../intents")
         with pytest.raises(UnknownTask, match="overflow"):
