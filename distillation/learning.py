@@ -18,10 +18,10 @@ from distillation.kind import Kind, LinearKind, StudentSilent
 from distillation.outlook import after, labels_per_hour
 from distillation.past import Past
 from distillation.stakes import stakes_of
-from distillation.watching import came_after, live_of, withdrawal_line
+from distillation.watching import came_after, withdrawal_line
 from routers.foresight_fit import Stakes
 from routers.looks import labels_needed, next_look
-from serving.errors import UnknownTask, WithdrawnMeanwhile
+from serving.errors import DamagedRelease, UnknownTask, WithdrawnMeanwhile
 from serving.exchange import Json
 from serving.log import LogReader
 from serving.releases import ReleaseStore
@@ -99,7 +99,10 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         policy = settings.for_task(task)
         kind = _kind(settings, policy)
         progress(f"{task}: reading the log")
-        live = live_of(settings, task)
+        try:
+            live = ReleaseStore(settings.state_dir).live(task)
+        except DamagedRelease as error:  # what it said of withdrawals is lost: a person has to look
+            return Lesson(task, "held", f"no look was taken: {error}", 0)
         fence = live.fence if live is not None else 0.0
         exchanges = came_after(reader.exchanges(task).exchanges, fence)
         dataset = kind.dataset(exchanges)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,7 @@ from distillation.due import not_due
 from distillation.gate import take_look
 from distillation.linear_training import TermCounts
 from distillation.past import PastRelease
+from distillation.watching import came_after
 from routers.foresight_fit import Stakes
 from routers.looks import PastLook, labels_needed, next_look
 from routers.router import Router
@@ -48,7 +50,10 @@ class SimulatedRelease:
 
 @dataclass(slots=True)
 class SimulatedLearner:
-    """Learns as `understudy learn` does, remembering its looks and releases in memory instead of on disk."""
+    """Learns as `understudy learn` does, remembering its looks and releases in memory instead of on disk.
+
+    `fence` is when a release was last withdrawn (`withdrawn`), as `Live.fence` says it; −∞: never.
+    """
 
     policy: TaskPolicy
     seed: int
@@ -56,16 +61,22 @@ class SimulatedLearner:
     looks: list[PastLook] = field(default_factory=list)
     releases: dict[str, PastRelease] = field(default_factory=dict)
     candidate: Candidate | None = None
+    fence: float = -math.inf
+
+    def withdrawn(self, at: float) -> None:
+        """The watch has withdrawn what was live: only what comes after `at` counts from now on."""
+        self.fence = at
 
     def learn(self, exchanges: Sequence[Exchange]) -> tuple[str, LiveStudent] | None:
         """A new release if a look is due and passes, or one level more of the candidate."""
+        exchanges = came_after(exchanges, self.fence)
         if self.policy.admission == "e-process":
             return self._bet(exchanges)
         most = sum(one.teacher is not None or one.audit == "missing" for one in exchanges)
-        if most < labels_needed(self.looks, self.policy.max_disagreement, self.policy.certainty):
+        if most < self._needed():
             return None  # as `not_due` will say, but without reading the whole log
         dataset = build_dataset(exchanges, comparison(self.policy.agreement), self.policy.student.sees)
-        if not_due(dataset, self.looks, self.policy) is not None:
+        if not_due(dataset, self.looks, self.policy, fence=self.fence) is not None:
             return None
         number = next_look(self.looks)
         look = take_look(
@@ -76,11 +87,14 @@ class SimulatedLearner:
             seed=self.seed + len(self.looks),
             stakes=self.stakes,
         )
-        self.looks.append(PastLook(number, look.labels, look.candidate is not None))
+        at = exchanges[-1].created
+        self.looks.append(PastLook(number, look.labels, look.candidate is not None, at))
         return None if look.candidate is None else self._release(look.candidate)
 
     def _bet(self, exchanges: Sequence[Exchange]) -> tuple[str, LiveStudent] | None:
         dataset = build_dataset(exchanges, comparison(self.policy.agreement), self.policy.student.sees)
+        if self.candidate is not None and self.candidate.after <= self.fence:
+            self.candidate = None
         if self.candidate is not None:
             look = peek(self.candidate, dataset, self.policy)
             if look.candidate is not None:
@@ -88,7 +102,7 @@ class SimulatedLearner:
                 self.looks[-1] = replace(self.looks[-1], released=True)
                 return self._release(look.candidate)
         spare = self.candidate is None or self.candidate.exhausted(len(dataset.rows))
-        if spare and not_due(dataset, self.looks, self.policy) is None:
+        if spare and not_due(dataset, self.looks, self.policy, fence=self.fence) is None:
             self.candidate = freeze(
                 dataset,
                 self.releases,
@@ -97,8 +111,13 @@ class SimulatedLearner:
                 serial=self.seed + len(self.looks),
                 after=exchanges[-1].created,
             )
-            self.looks.append(PastLook(self.candidate.number, len(dataset.rows), False))
+            at = exchanges[-1].created
+            self.looks.append(PastLook(self.candidate.number, len(dataset.rows), False, at))
         return None
+
+    def _needed(self) -> int:
+        policy = self.policy
+        return labels_needed(self.looks, policy.max_disagreement, policy.certainty, fence=self.fence)
 
     def _release(self, release: PastRelease) -> tuple[str, LiveStudent]:
         name = f"r{len(self.releases) + 1:04d}"

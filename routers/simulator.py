@@ -109,14 +109,14 @@ def simulate(
     rate: float | None = None,
     missing: Callable[[Message], float] = lambda message: 0.0,
     watching: Callable[[], Watch] | None = None,
-    withdrawn: Callable[[], None] = lambda: None,
+    withdrawn: Callable[[float], None] = lambda at: None,
 ) -> Run:
     """Play `messages` in order, from a cold start.
 
     The learner is asked after every `learn_every` messages. `rate` overrides the audit rate; `missing` is the chance
     that an audit of a message gets no answer from the teacher. `seed` is of the coins. `watching` makes the watch of
-    each release (None: nothing is withdrawn); after an alarm the log begins anew, and the learner hears of it by
-    `withdrawn`.
+    each release (None: nothing is withdrawn). After an alarm `withdrawn` is told when that was, as exchanges tell time:
+    what came until then is in the log all the same, and is for the learner to leave out.
     """
     coins = random.Random(seed)
     run = Run()
@@ -158,8 +158,7 @@ def simulate(
                 if coin and watch is not None and watch.observe(not lost and answer == message.teacher):
                     run.withdrawn.append((name or "", number + 1))
                     live = name = watch = None
-                    log.clear()
-                    withdrawn()
+                    withdrawn(exchange.created)
         if not accepted:
             run.served.append(Served(message.teacher, name, False, True))
             log.append(replace(exchange, route="teacher", propensity=1.0, teacher=_teacher(message)))

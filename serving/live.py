@@ -1,9 +1,9 @@
 """The file `state/tasks/<task>/live`: which release answers, and which were withdrawn and why. The one truth.
 
-    {"release", "generation", "previous", "since", "withdrawals"}
+    {"release", "generation", "previous", "since", "withdrawals", "lost_until"}
 
 It is replaced atomically, so that a release and the reason why it isn't live any more are never apart. What wrote it
-before there was a watch left out the last two.
+before there was a watch left out the last three.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Live:
     `generation` grows with every change and is never used twice for a task. `previous` are the releases that
     were live before and were followed by another one, newest first, at most 20: the way back for `rollback`.
     `since` is when the release became live, in seconds since the epoch; 0: not known. `withdrawals` are what the watch
-    took away, oldest first, at most 20.
+    took away, oldest first, at most 20; those until `lost_until` were lost with a damaged file (0: none were).
     """
 
     release: str | None
@@ -47,14 +47,15 @@ class Live:
     previous: list[str]
     since: float = field(default=0.0, compare=False)
     withdrawals: list[Withdrawal] = field(default_factory=list, compare=False)
+    lost_until: float = field(default=0.0, compare=False)
 
     @property
     def fence(self) -> float:
-        """When a release was last withdrawn, in seconds since the epoch; 0: never.
+        """When a release was last withdrawn, or may have been, in seconds since the epoch; 0: never.
 
         What was labelled before says nothing of the promises of releases to come (STATISTICS.md §5).
         """
-        return self.withdrawals[-1].at if self.withdrawals else 0.0
+        return max([self.lost_until, *(one.at for one in self.withdrawals[-1:])])
 
     def withdrawn(self, release: str) -> Withdrawal | None:
         """Why a release was last withdrawn; None: it never was."""
@@ -69,6 +70,7 @@ class Live:
                 "previous": self.previous,
                 "since": self.since,
                 "withdrawals": [asdict(one) for one in self.withdrawals[-_MAX_WITHDRAWALS:]],
+                "lost_until": self.lost_until,
             }
         )
 
@@ -86,8 +88,10 @@ def parse_live(data: bytes) -> Live | None:
                 names = [*previous, *([] if release is None else [release])]
                 since = float(content.get("since", 0.0))
                 withdrawals = [_withdrawal(one) for one in content.get("withdrawals", [])]
-                if type(generation) is int and all(map(_is_name, names)) and math.isfinite(since):
-                    return Live(release, generation, previous, since, withdrawals)
+                lost_until = float(content.get("lost_until", 0.0))
+                times = (since, lost_until)
+                if type(generation) is int and all(map(_is_name, names)) and all(map(math.isfinite, times)):
+                    return Live(release, generation, previous, since, withdrawals, lost_until)
     except (KeyError, TypeError, ValueError):
         return None
     return None

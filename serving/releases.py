@@ -189,14 +189,16 @@ class ReleaseStore:
 
         The release is read first: an unknown or damaged one raises UnknownRelease or DamagedRelease and
         changes nothing. `fence` is `Live.fence` when its labels were read: if the watch has withdrawn a release since,
-        they are too old, and WithdrawnMeanwhile is raised.
+        they are too old, and WithdrawnMeanwhile is raised, as if it may have: where `live` is damaged. Only without
+        `fence`, when a person says so, a damaged one is written anew.
         """
         if release is not None:
             self.read(task, release)
         with self._changing(task) as now:
             if fence is not None and now.fence > fence:
+                taken = now.withdrawals[-1].release if now.withdrawals else "what is in a file now damaged"
                 raise WithdrawnMeanwhile(
-                    f"{release} was learned while {now.withdrawals[-1].release} was withdrawn: its labels came before"
+                    f"{release} was learned while {taken} was withdrawn: its labels came before"
                 )
             previous = list(now.previous)
             # A withdrawn release isn't a way back: rollback must not return to what was just taken away.
@@ -243,15 +245,15 @@ class ReleaseStore:
                 now = self.live(task)
             except DamagedRelease:
                 # The generation is lost with the file. Seconds since 1970 are more than any count of
-                # promotions.
-                now = Live(None, int(time.time()), [])
+                # promotions. What the watch withdrew is lost as well: what was labelled until now may be of before.
+                now = Live(None, int(time.time()), [], lost_until=time.time())
             yield now or Live(None, 0, [])
 
     def _replace(
         self, task: str, now: Live, release: str | None, previous: Sequence[str], since: float
     ) -> Live:
         """Write what comes after `now`."""
-        live = Live(release, now.generation + 1, list(previous), since, now.withdrawals)
+        live = Live(release, now.generation + 1, list(previous), since, now.withdrawals, now.lost_until)
         path = self._live(task)
         temporary = path.with_name(".live.writing")
         temporary.unlink(missing_ok=True)

@@ -12,11 +12,13 @@ import pytest
 from distillation.economics import summarise
 from distillation.journal import LookJournal
 from distillation.learning import Lesson, learn
-from routers.looks import PastLook, labels_needed, next_look
+from distillation.simulated import SimulatedLearner
+from routers.looks import GROWTH, PastLook, labels_needed, next_look
+from routers.simulator import Message, simulate
 from routers.watch import Watch
 from serving.disk import Disk
 from serving.releases import ReleaseStore
-from serving.settings import Settings, TaskSettings
+from serving.settings import Settings, TaskPolicy, TaskSettings
 from serving.watch_record import WatchRecord, write_watch_record
 
 Make = Callable[..., Any]
@@ -93,6 +95,55 @@ def test_what_was_learned_meanwhile_does_not_go_live(write_log: Make, exchanges:
     assert live is not None
     assert live.release is None
     assert [look.released for look in LookJournal(state, "intents").past()] == [True, False]
+
+
+def test_in_the_simulator_too(exchanges: Make) -> None:
+    """The teacher answers otherwise from message 150 on: the next student learns from what came after that showed."""
+    other = {"card": "parcel", "parcel": "card"}
+    texts = [
+        (f"where is {'my card' if i % 2 else 'the parcel'} {i}", "card" if i % 2 else "parcel")
+        for i in range(400)
+    ]
+    messages = [Message(text, answer if i < 150 else other[answer]) for i, (text, answer) in enumerate(texts)]
+    learner = SimulatedLearner(TaskPolicy(max_disagreement=0.1), seed=1)
+    run = simulate(
+        messages,
+        learner,
+        learn_every=10,
+        seed=1,
+        rate=0.5,
+        watching=lambda: Watch(0.1, 0.9),
+        withdrawn=learner.withdrawn,
+    )
+    ((broken, after),) = run.withdrawn
+    assert 150 < after < 250
+    assert learner.fence == after - 1.0
+    before = [kept.release for kept in run.releases if kept.after < after]
+    since = [kept for kept in run.releases if kept.after > after]
+    assert before[-1] == broken
+    assert since and all(kept.disagreement == 0.0 for kept in since)
+    assert min(map(int, learner.releases[since[0].release].held_out)) == after, "not one label from before"
+    old = [look for look in learner.looks if look.at < learner.fence]
+    assert learner.looks[len(old)].labels < GROWTH * old[-1].labels, "it was due as a first one"
+
+
+def test_where_withdrawals_are_lost_with_the_file_nothing_is_learned_until_a_person_looked(
+    write_log: Make, exchanges: Make
+) -> None:
+    state = write_log(exchanges(TEXTS))
+    assert lesson(state).release == "r0001"
+    withdraw(state)
+    (state / "tasks" / "intents" / "live").write_bytes(b"torn")
+    write_log(exchanges(TEXTS * 3, start=2_000_000.0))
+    before = LookJournal(state, "intents").past()
+    held = lesson(state)
+    assert (held.outcome, held.release) == ("held", None)
+    assert "understudy promote intents" in held.message
+    assert LookJournal(state, "intents").past() == before, "nothing is spent on it"
+    ReleaseStore(state).set_live("intents", "r0001")
+    assert (lesson(state).outcome, lesson(state).labels) == ("not_due", 0)
+    write_log(exchanges(TEXTS, start=time.time() + 1))
+    assert lesson(state).release == "r0002"
 
 
 def test_tasks_say_how_the_live_release_does_and_why_one_was_withdrawn(

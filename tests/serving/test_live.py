@@ -26,6 +26,7 @@ LIVES = st.builds(
     st.lists(NAMES, max_size=20),
     TIMES,
     st.lists(WITHDRAWALS, max_size=20),
+    TIMES,
 )
 
 
@@ -34,7 +35,7 @@ def test_it_is_read_as_it_was_written(live: Live) -> None:
     read = parse_live(live.dump())
     assert read == live
     assert read is not None
-    assert (read.since, read.withdrawals) == (live.since, live.withdrawals)
+    assert (read.since, read.withdrawals, read.fence) == (live.since, live.withdrawals, live.fence)
 
 
 def test_a_file_from_before_the_watch_is_read() -> None:
@@ -46,7 +47,13 @@ def test_a_file_from_before_the_watch_is_read() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"since": "then"}, {"withdrawals": [{"release": "r0001"}]}, {"withdrawals": 3}, {"since": None}],
+    [
+        {"since": "then"},
+        {"withdrawals": [{"release": "r0001"}]},
+        {"withdrawals": 3},
+        {"since": None},
+        {"lost_until": "?"},
+    ],
 )
 def test_a_damaged_one_is_refused(changes: dict[str, object]) -> None:
     good = orjson.loads(Live("r0001", 1, []).dump())
@@ -87,6 +94,27 @@ def test_labels_from_before_a_withdrawal_make_nothing_live(tmp_path: Path) -> No
     assert live is not None
     assert live.release is None
     assert store.set_live("t", "r0002", fence=live.fence).release == "r0002"
+
+
+def test_a_damaged_file_is_rewritten_by_a_person_alone_and_withdrawals_stay_fenced_off(
+    tmp_path: Path,
+) -> None:
+    store = ReleaseStore(tmp_path)
+    withdrawn = store.withdraw("t", store.set_live("t", store.write("t", {}, {})), "disagreement", "x")
+    assert withdrawn is not None
+    (tmp_path / "tasks/t/live").write_bytes(b"torn")
+    with pytest.raises(WithdrawnMeanwhile, match="r0001 was learned while"):
+        store.set_live("t", "r0001", fence=withdrawn.fence)
+    assert (tmp_path / "tasks/t/live").read_bytes() == b"torn"
+    repaired = store.set_live("t", "r0001")
+    assert repaired.withdrawals == []
+    assert repaired.fence > withdrawn.fence
+    again = store.live("t")
+    assert again is not None
+    assert again.fence == repaired.fence, "labels from before the damage make nothing live"
+    with pytest.raises(WithdrawnMeanwhile):
+        store.set_live("t", "r0001", fence=withdrawn.fence)
+    assert store.set_live("t", "r0001", fence=again.fence).fence == again.fence
 
 
 def test_a_release_that_stays_live_is_live_since_it_began(tmp_path: Path) -> None:

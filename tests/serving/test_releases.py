@@ -258,4 +258,10 @@ def test_the_live_file_is_what_the_documents_say(store: ReleaseStore, tmp_path: 
     content = orjson.loads((tmp_path / "tasks/t/live").read_bytes())
     since = content.pop("since")
     assert time.time() - 60 < since <= time.time()
-    assert content == {"release": "r0001", "generation": 1, "previous": [], "withdrawals": []}
+    assert content == {
+        "release": "r0001",
+        "generation": 1,
+        "previous": [],
+        "withdrawals": [],
+        "lost_until": 0.0,
+    }
