@@ -44,6 +44,9 @@ class LookJournal:
                 at = float(entry.get("at", 0.0))
             except (KeyError, TypeError, ValueError):
                 continue
+            if serial in looks:
+                # What came to pass before it ended, a withdrawal say, its labels knew nothing of.
+                at = looks[serial].at
             looks[serial] = PastLook(number, labels, bool(entry.get("release")), at)
         return looks
 
@@ -63,10 +66,14 @@ class LookJournal:
                 entries.append(entry)
         return entries
 
-    def begin(self, look: int, labels: int) -> int:
-        """Write down that a look is taken; returns its serial number, for `end`."""
+    def begin(self, look: int, labels: int, *, read_at: float | None = None) -> int:
+        """Write down that a look is taken; returns its serial number, for `end`.
+
+        `read_at` is when its labels were read from the log, in seconds since the epoch; None: just now.
+        """
         serial = max(self._looks(), default=0) + 1
-        self._append({"serial": serial, "look": look, "labels": labels, "at": time.time()})
+        at = time.time() if read_at is None else read_at
+        self._append({"serial": serial, "look": look, "labels": labels, "at": at})
         return serial
 
     def end(self, serial: int, look: int, labels: int, result: Json) -> None:

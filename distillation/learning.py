@@ -99,6 +99,7 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         policy = settings.for_task(task)
         kind = _kind(settings, policy)
         progress(f"{task}: reading the log")
+        read_at = time.time()  # a withdrawal from now on is one that these labels know nothing of
         try:
             live = ReleaseStore(settings.state_dir).live(task)
         except DamagedRelease as error:  # what it said of withdrawals is lost: a person has to look
@@ -131,9 +132,9 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
             return Lesson(task, outcome, message, labels, waiting.needed)
         if betting:
             last = max(one.created for one in exchanges)
-            return _freeze(task, candidates, dataset, past, journal, policy, last, progress)
+            return _freeze(task, candidates, dataset, past, journal, policy, last, read_at, progress)
         stakes = stakes_of(exchanges, kind.seconds(exchanges), settings.student)
-        return _look(settings, task, kind, dataset, past, journal, policy, stakes, fence, progress)
+        return _look(settings, task, kind, dataset, past, journal, policy, stakes, fence, read_at, progress)
 
 
 def _kind(settings: Settings, policy: TaskSettings) -> Kind:
@@ -156,13 +157,14 @@ def _look(
     policy: TaskSettings,
     stakes: Stakes | None,
     fence: float,
+    read_at: float,
     progress: Progress,
 ) -> Lesson:
     from distillation.report import report_card  # scikit-learn: imported only once a look is due
 
     store = ReleaseStore(settings.state_dir)
     labels, number = len(dataset.rows), next_look(journal.past())
-    serial = journal.begin(number, labels)
+    serial = journal.begin(number, labels, read_at=read_at)
     look = kind.look(
         dataset,
         past,
@@ -214,13 +216,14 @@ def _freeze(
     journal: LookJournal,
     policy: TaskSettings,
     last: float,
+    read_at: float,
     progress: Progress,
 ) -> Lesson:
     """Fix a candidate by what the log held up to `last`. What it may spend is spent with that."""
     from distillation.betting import freeze  # scikit-learn: imported only where something is fitted
 
     labels, number = len(dataset.rows), next_look(journal.past())
-    serial = journal.begin(number, labels)
+    serial = journal.begin(number, labels, read_at=read_at)
     candidate = freeze(
         dataset,
         past,

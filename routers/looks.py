@@ -32,7 +32,7 @@ _ENOUGH_TO_ERR = 3
 class PastLook:
     """A look that was taken: its number since the last release, the labels it had, and whether it made a release.
 
-    `at` is when, in seconds since the epoch.
+    `at` is when its labels were read, in seconds since the epoch.
     """
 
     look: int

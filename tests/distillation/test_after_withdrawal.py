@@ -95,6 +95,11 @@ def test_what_was_learned_meanwhile_does_not_go_live(write_log: Make, exchanges:
     assert live is not None
     assert live.release is None
     assert [look.released for look in LookJournal(state, "intents").past()] == [True, False]
+    # The look ended after the withdrawal, and is none of the time since: the next is due as a first one is.
+    waiting = lesson(state)
+    assert waiting.outcome == "not_due"
+    assert waiting.needed is not None
+    assert waiting.needed < 160, "by growth it would be 1.25 times the 160 labels that don't count any more"
 
 
 def test_in_the_simulator_too(exchanges: Make) -> None:

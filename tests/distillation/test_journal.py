@@ -45,6 +45,13 @@ def test_how_it_ended_replaces_that_it_began(journal: LookJournal) -> None:
     assert [entry["serial"] for entry in journal.entries()] == [1, 1, 2, 2, 3]
 
 
+def test_a_look_is_as_old_as_the_labels_it_read(journal: LookJournal) -> None:
+    serial = journal.begin(1, 70, read_at=5.0)
+    assert [look.at for look in journal.past()] == [5.0]
+    journal.end(serial, 1, 70, {"outcome": "held", "release": None})
+    assert [look.at for look in journal.past()] == [5.0]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
