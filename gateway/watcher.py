@@ -150,8 +150,11 @@ def due(audits: Iterable[Audited], record: WatchRecord, now: float) -> list[Audi
 
     None that came after one that is still owed. One that is owed for longer than `LATE_S` is missing.
     """
+    too_late = record.too_late
     mine = [
-        one for one in audits if one.release == record.release and not record.is_counted(one.id, one.created)
+        one
+        for one in audits
+        if one.release == record.release and one.id not in record.counted and one.created >= too_late
     ]
     owed = (one.created for one in mine if one.outcome is None and one.created >= now - LATE_S)
     first_owed = min(owed, default=math.inf)

@@ -44,12 +44,13 @@ class WatchRecord:
         """When the request of the newest audit counted came; `since` before there was one."""
         return max(self.counted.values(), default=self.since)
 
-    def is_counted(self, id: str, created: float) -> bool:
-        """Whether an audit was taken in, or comes too late for it."""
-        return id in self.counted or created < max(self.since, self.until - LATE_S)
+    @property
+    def too_late(self) -> float:
+        """An audit whose request came before that isn't taken in any more. Looks through all that is counted."""
+        return max(self.since, self.until - LATE_S)
 
     def without_old(self) -> WatchRecord:
-        """The same, without the ids that `is_counted` doesn't need."""
+        """The same, without the ids of audits that would come too late anyway."""
         oldest = self.until - LATE_S
         return replace(self, counted={id: at for id, at in self.counted.items() if at >= oldest})
 

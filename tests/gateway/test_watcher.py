@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from gateway.metrics import Metrics
-from gateway.watcher import Watcher
+from gateway.watcher import Watcher, due
 from routers.watch import Watch
+from serving.audit_trail import AGREED, Audited
 from serving.events import answered, audited, cancelled, encode, superseded
 from serving.exchange import Exchange, Json, StudentAnswer, TeacherAnswer
 from serving.releases import ReleaseStore
 from serving.settings import TaskPolicy
-from serving.watch_record import read_watch_record
+from serving.watch_record import WatchRecord, read_watch_record
 
 Start = Callable[..., Any]
 
@@ -195,6 +196,18 @@ def test_nothing_behind_an_audit_that_is_still_owed_counts_yet(live: Start, tmp_
     looking.look()
     looking.look()
     assert seen(tmp_path) == (5, 2), "one that reaches the log late is taken in late"
+
+
+def test_a_long_log_is_gone_through_once_a_look() -> None:
+    """7,000 audits that were counted and 30,000 that are too old: looking for the newest for each takes seconds."""
+    counted = {f"c{n}": 10_000.0 + n / 2 for n in range(7000)}
+    old = [Audited(f"o{n}", "r0001", n / 10, 0.02, AGREED) for n in range(30_000)]
+    fresh = [Audited(f"n{n}", "r0001", 13_500.0 + n, 0.02, AGREED) for n in range(3)]
+    record = WatchRecord("r0001", 1.0, {}, counted)
+    began = time.process_time()
+    found = due(old + fresh, record, 14_000.0)
+    assert time.process_time() - began < 1.0
+    assert found == fresh
 
 
 def test_an_audit_that_is_owed_for_too_long_is_missing(live: Start, tmp_path: Path) -> None:
