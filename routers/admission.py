@@ -121,7 +121,10 @@ def admit(
     agreeing = np.asarray(agreed, dtype=np.bool_)
     chances = np.asarray(propensity, dtype=np.float64)
     folds = np.random.default_rng(seed).permutation(len(ranks)) % FOLDS
-    keys, place = np.unique(np.asarray(answer, dtype=object).astype(str), return_inverse=True)
+    # As objects: an array of strings is as wide everywhere as the longest answer of a language model.
+    keys, place = np.unique(
+        np.array(["" if key is None else key for key in answer], dtype=object), return_inverse=True
+    )
     if len(ranks) != len(place):
         raise ValueError(f"rank and answer must be equally long, got {len(ranks)} and {len(place)}")
     known = np.array([key is not None for key in answer], dtype=np.bool_)

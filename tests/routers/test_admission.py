@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,20 @@ def test_a_handful_of_labels_proves_nothing(labels: int) -> None:
     answer, agreed = np.array(["a"] * labels, dtype=str), np.ones(labels, bool)
     found = verdict(answer, agreed, prove={"b": 0.05})
     assert not found.passed and not found.accepted.any() and found.vetoed == frozenset()
+
+
+def test_one_long_answer_costs_its_own_length() -> None:
+    """A language model writes what it likes: an array of strings would be as wide everywhere as the longest."""
+    answer, agreed = drawn(2, 900, {"a": 0.02, "b": 0.02, "bad": 0.5})
+    long = np.array(["x" * 200_000, *answer[1:]], dtype=object)
+    tracemalloc.start()
+    try:
+        found = verdict(long, agreed)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.vetoed == {"bad"}
+    assert peak < 20e6
 
 
 @pytest.mark.parametrize("disagree", [False, True])
