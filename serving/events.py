@@ -333,7 +333,12 @@ _STUDENT_TYPES: _Types = {
     "checkpoints": (list,),
     "complete": (bool,),
 }
-_CHECKPOINT_TYPES: _Types = {"tokens": (int,), "score": (*_NUMBER, _NONE), "signals": (dict,)}
+_CHECKPOINT_TYPES: _Types = {
+    "tokens": (int,),
+    "bytes": (int,),
+    "score": (*_NUMBER, _NONE),
+    "signals": (dict,),
+}
 _ROUTES = ("cache", "student", "teacher")
 _ORIGINS = (None, "student", "teacher")
 _AUDITS = ("none", "pending", "answered", "missing")
@@ -385,7 +390,8 @@ def _checkpoint(data: object) -> Json:
         raise TypeError("a checkpoint isn't an object")
     _check(data, _CHECKPOINT_TYPES)
     score, signals = _number(data["score"]), _signals(data["signals"])
-    return {"tokens": data["tokens"], "score": score, "signals": signals}
+    spelled = {"bytes": data["bytes"]} if "bytes" in data else {}
+    return {"tokens": data["tokens"], **spelled, "score": score, "signals": signals}
 
 
 def _signals(signals: Json) -> dict[str, float]:

@@ -43,8 +43,8 @@ class StudentAnswer:
     `score` is the untied ranking score that the router turns into a confidence; `signals` are the numbers behind it.
     `usage` is in the teacher's tokens, estimated from the log, since that is the price that was avoided; that of a
     language model is its own, the best estimate there is. `checkpoints` says what was known of it at fixed numbers of
-    its tokens, each as `{"tokens", "score", "signals"}` (STATISTICS.md §6). Not `complete`: it was stopped or broke
-    off, and `choices` are what had come.
+    its tokens, each as `{"tokens", "bytes", "score", "signals"}` (STATISTICS.md §6), where `bytes` is how much text
+    they spell (logs of before lack it). Not `complete`: it was stopped or broke off, and `choices` are what had come.
     """
 
     model: str

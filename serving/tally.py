@@ -44,11 +44,12 @@ Metering = Callable[[Json], Meter]
 class Tally:
     """Counts the tokens of one answer, and takes a checkpoint at each of `marks`.
 
-    A checkpoint is `{"tokens", "score", "signals"}`. The score is the log-odds of the tokens' mean probability (their
-    geometric mean): it doesn't fall with the answer's length as the sum of log-probabilities does, and hardly ever
-    ties (arXiv 2404.10136 on the bias of both; the signals hold the quantiles). An answer of which any part came
-    without log-probabilities can't be trusted: score −∞ and no signals. So is one with more text than its tokens spell
-    (text may come later than its tokens, where a character is more than one, but never earlier).
+    A checkpoint is `{"tokens", "bytes", "score", "signals"}`; `bytes` is how much text its tokens spell. The
+    score is the log-odds of the tokens' mean probability (their geometric mean): it doesn't fall with the answer's
+    length as the sum of log-probabilities does, and hardly ever ties (arXiv 2404.10136 on the bias of both; the signals
+    hold the quantiles). An answer of which any part came without log-probabilities can't be trusted: score −∞ and no
+    signals. So is one with more text than its tokens spell (text may come later than its tokens, where a character is
+    more than one, but never earlier).
     """
 
     def __init__(self, meter: Meter, marks: Sequence[int]) -> None:
@@ -58,6 +59,7 @@ class Tally:
         self._marks = frozenset(marks)
         self._total = 0.0
         self._ahead = 0
+        self._spelled = 0
         self._sound = True
 
     def take(self, part: Json) -> list[Json]:
@@ -68,6 +70,7 @@ class Tally:
         if self._ahead > 0:
             self._sound = False
         for entry in entries:
+            self._spelled += _spelled(entry)
             self._meter.add(entry.get("token"), entry.get("logprob"), entry.get("top_logprobs"))
             self._count(entry.get("logprob"))
         if not entries and _says_something(part.get("delta")):
@@ -86,7 +89,9 @@ class Tally:
             self._sound = False
         if self.tokens in self._marks:
             signals = self._meter.signals() if self._sound else {}
-            self.checkpoints.append({"tokens": self.tokens, "score": self._score(), "signals": signals})
+            self.checkpoints.append(
+                {"tokens": self.tokens, "bytes": self._spelled, "score": self._score(), "signals": signals}
+            )
 
     def _score(self) -> float:
         if not self._sound or self.tokens == 0:

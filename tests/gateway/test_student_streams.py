@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from routers.confidence import Confidence
 from routers.meter import TokenMeter
 from routers.router import Router
+from serving.agreement import JsonComparison
 from serving.lm import LmStudent
 from serving.lm_plan import LmPlan
 from serving.recording import Recorded, Recording
@@ -263,6 +264,32 @@ def test_what_may_become_an_answer_that_always_escalates_does_so_at_the_commit_p
     assert (said, headers["x-understudy-reason"]) == (TEACHER["where"], "always_escalate")
     assert made.running.post(json=body("where")).headers["x-understudy-reason"] == "always_escalate"
     assert not made.running.exchanges()[0].student.complete
+
+
+ORDER = '{"place": "the depot in the north of the town", "parcel": "7", "late": "não"}'
+
+
+def test_however_its_json_is_written_it_always_escalates(serve: Start, live: Start) -> None:
+    key = JsonComparison().key([{"message": {"content": ORDER}}])
+    said = create_stand_in(Recording(Path("student.csv"), (Recorded("where", ORDER, confidence=0.99),)))
+    made = live(
+        url=serve(said, http=StandInHttp),
+        router=Router(ROUTER.confidence, 1.0, frozenset({key})),
+        task={"agreement": {"kind": "json"}},
+    )
+    for stream in (True, False):
+        raw = made.running.post(json=body("where", stream=stream))
+        assert raw.headers["x-understudy-reason"] == "always_escalate"
+
+
+def test_how_the_server_cuts_its_stream_changes_no_rule(serve: Start, live: Start) -> None:
+    """The first eight tokens may become `other`, the ninth can't."""
+    other = SURE[:32] + "other"
+    made = live(url=serve(Cutting()), router=Router(ROUTER.confidence, 1.0, frozenset({other})))
+    told = {"first": -0.01, "then": -0.01, "with_last": True, "bytes": 1000, "breaks_at": None}
+    for cuts in (range(1, 23), [8], [9], []):
+        raw = made.running.post(json=body(json.dumps({**told, "cuts": list(cuts)}), stream=True))
+        assert raw.headers["x-understudy-reason"] == "always_escalate", cuts
 
 
 @pytest.mark.parametrize(("rank", "route"), [(1e9, "teacher"), (1.5, "student")])
