@@ -7,13 +7,14 @@ server's to keep: a server that answers under the same name with another model m
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 
 import orjson
 
 from serving.chat import text_of, token_limit
-from serving.errors import ConfigError, RequestError, UpstreamRefused
+from serving.errors import ConfigError, RequestError, UpstreamRefused, UpstreamTimeout
 from serving.exchange import Json, StudentAnswer
 from serving.lm_plan import LmPlan
 from serving.lm_stream import LmStream, StudentBroken, StudentRefused
@@ -84,8 +85,12 @@ class LmStudent:
         """The whole answer to a supported request. Raises UpstreamBroken or UpstreamTimeout."""
         stream = self.stream(request)
         try:
-            async for _ in stream:
-                pass
+            # A server that sends signs of life, or a token now and then, is never silent.
+            async with asyncio.timeout(self.patience_s):
+                async for _ in stream:
+                    pass
+        except TimeoutError:
+            raise UpstreamTimeout(f"the student's answer wasn't whole after {self.patience_s:g} s") from None
         finally:
             await stream.aclose()
         return stream.answer()
@@ -103,8 +108,12 @@ class LmStudent:
 
     def _begun(self, request: Json, *, drawn: bool) -> LmStream:
         async def ask() -> UpstreamResponse:
-            response = await self._ask(request, drawn=drawn)
             self._open.add(stream)
+            try:
+                response = await self._ask(request, drawn=drawn)
+            except BaseException:
+                self._open.discard(stream)
+                raise
             response.on_close = lambda: self._open.discard(stream)
             return response
 

@@ -201,11 +201,14 @@ def test_the_fold_never_raises(event: Json, changes: Json) -> None:
     assert Fold().add({**event, **changes}) in ("taken", "unknown", "damaged")
 
 
-CHECKPOINT: Json = {"tokens": 8, "score": 1.5, "signals": {"q0": -0.5}}
+CHECKPOINT: Json = {"tokens": 8, "bytes": 40, "score": 1.5, "signals": {"q0": -0.5}}
 
 
 def test_what_a_student_said_in_the_end_is_part_of_its_exchange_in_any_order() -> None:
-    begun = dataclasses.replace(STUDENT, complete=False, cost_usd=0.001, checkpoints=[CHECKPOINT])
+    of_before = CHECKPOINT | {"tokens": 24}
+    del of_before["bytes"]
+    checkpoints = [CHECKPOINT, of_before]
+    begun = dataclasses.replace(STUDENT, complete=False, cost_usd=0.001, checkpoints=checkpoints)
     ended = dataclasses.replace(begun, complete=True, cost_usd=0.003, score=math.nan)
     escalated = exchange(route="teacher", student=begun, teacher=TEACHER, audit="answered", cost_usd=0.01)
     known = [answered(escalated), completed("x1", student=ended, agreement=True, usd=0.002, at=3.0)]
@@ -214,7 +217,7 @@ def test_what_a_student_said_in_the_end_is_part_of_its_exchange_in_any_order() -
         assert found.student is not None
         assert found.student.complete
         assert found.student.cost_usd == 0.003
-        assert found.student.checkpoints == [CHECKPOINT]
+        assert found.student.checkpoints == checkpoints
         assert math.isnan(found.student.score)
         assert found.agreement is True
         assert found.cost_usd == pytest.approx(0.012)

@@ -83,7 +83,7 @@ def test_text_without_log_probabilities_spoils_the_answer(unscored: Json) -> Non
     tally.take(part([token(-0.1)]))
     tally.take(unscored)
     (checkpoint,) = tally.checkpoints
-    assert checkpoint == {"tokens": 2, "score": -math.inf, "signals": {}}
+    assert checkpoint == {"tokens": 2, "bytes": 1, "score": -math.inf, "signals": {}}
 
 
 def test_what_says_nothing_needs_no_log_probability() -> None:
@@ -116,7 +116,7 @@ def test_text_that_no_token_spells_spoils_the_answer() -> None:
     one_of_three = {"delta": {"content": "three tokens here"}, "logprobs": {"content": [token(-0.1)]}}
     tally = Tally(TokenMeter({}), [1])
     (checkpoint,) = tally.take(one_of_three)
-    assert checkpoint == {"tokens": 1, "score": -math.inf, "signals": {}}
+    assert checkpoint == {"tokens": 1, "bytes": 1, "score": -math.inf, "signals": {}}
 
 
 def test_a_character_of_two_tokens_comes_after_its_first() -> None:
