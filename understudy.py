@@ -337,6 +337,8 @@ def evaluate(
         print_json(evaluation.to_json())
     else:
         print_evaluation(evaluation)
+        if html is not None:
+            print(f"with its plots: {html}")
 
 
 @app.command(short_help="Make a release live.")

@@ -14,8 +14,9 @@ import numpy as np
 from distillation.candidate import Candidate
 from distillation.cross_fit import cross_fit
 from distillation.dataset import Dataset, Row
-from distillation.gate import Look, answer_terms, held_out_of, linear_release, rank_held_out, spread_of
+from distillation.gate import Look, held_out_of, linear_release, rank_held_out, spread_of
 from distillation.hopeless import Hopeless
+from distillation.named_answers import answer_terms
 from distillation.past import Past, PastRelease, propensity_of
 from routers.candidate import bet, fix_levels
 from routers.looks import spent

@@ -162,6 +162,7 @@ def print_tasks(
             outlooks.append(
                 (summary.task, f"{summary.unpriced:,} answers of the teacher have no price: {_PRICE}")
             )
+        outlooks += [(summary.task, line) for line in summary.unknown]
         if summary.spared is not None:
             spared = summary.spared
             outlooks.append(
@@ -191,7 +192,11 @@ def _print_watch(summaries: Sequence[TaskSummary]) -> None:
     """How the live releases do, and which were withdrawn."""
     lines = []
     for one in summaries:
-        if one.watched is not None:
+        if one.unusable is not None:
+            lines.append(
+                f"  {one.task}: {one.unusable}; meanwhile the teacher answers what no worker has it for"
+            )
+        elif one.watched is not None:
             lines.append(f"  {one.task}: {one.watched.line()}")
         if one.withdrawn is not None:
             lines.append(f"  {one.task}: {withdrawal_line(one.withdrawn)}")

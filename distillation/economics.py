@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from distillation.dataset import Dataset, dataset_of
 from distillation.due import not_due
 from distillation.journal import LookJournal
+from distillation.named_answers import never_given
 from distillation.prompts import Prompts
 from distillation.watching import Watched, came_after, live_of, watched
 from routers.looks import unseen_chance
+from serving.errors import DamagedRelease, UnknownRelease
 from serving.exchange import Exchange, Json
 from serving.live import Withdrawal
 from serving.log import LogReader
+from serving.releases import ReleaseStore
 from serving.settings import RESERVED_TASKS, Settings, TaskSettings
 
 _SEE_MORE = 'student.sees = "last" or "conversation" would see them'
@@ -38,7 +41,8 @@ class TaskSummary:
     them have no price, `unseen` the chance that the next answer is new. `outlook` says in words whether a student
     looks worth it, and why; `sees` what of a request the next student will see. `watched` is how the live release does,
     `withdrawn` why none is live, if the watch took it away: `labels` and `outlook` are then of what came since.
-    `spared` is there where the student was skipped.
+    `spared` is there where the student was skipped. `unknown` says which answers the configuration names and no
+    label has, `unusable` why the live release can't answer.
     """
 
     task: str
@@ -57,6 +61,8 @@ class TaskSummary:
     watched: Watched | None = None
     withdrawn: Withdrawal | None = None
     spared: Spared | None = None
+    unknown: list[str] = field(default_factory=list)
+    unusable: str | None = None
 
     def to_json(self) -> Json:
         """The summary as `--json` prints it."""
@@ -109,7 +115,20 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
         watched=watched(settings, task, live, read.exchanges),
         withdrawn=withdrawn,
         spared=_spared(read.exchanges, settings.student.usd_per_hour),
+        unknown=never_given(policy, answers),
+        unusable=_unusable(ReleaseStore(settings.state_dir), task),
     )
+
+
+def _unusable(store: ReleaseStore, task: str) -> str | None:
+    """Why what is live can't be loaded, so that the teacher answers; None where it can, or nothing is live."""
+    try:
+        live = store.live(task)
+        if live is not None and live.release is not None:
+            store.read(task, live.release)
+    except (DamagedRelease, UnknownRelease) as error:
+        return str(error)
+    return None
 
 
 def _spared(exchanges: Sequence[Exchange], usd_per_hour: float) -> Spared | None:

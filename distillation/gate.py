@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -19,6 +19,7 @@ from distillation.cross_fit import cross_fit
 from distillation.dataset import Dataset
 from distillation.foreseeing import Foreseeing
 from distillation.hopeless import Early, Hopeless, find_hopeless
+from distillation.named_answers import answer_terms
 from distillation.past import Past, PastRelease, propensity_of
 from distillation.scored import Scored
 from routers.admission import AnswerTerms, Verdict, admit
@@ -29,7 +30,6 @@ from routers.looks import spent
 from routers.newton import sigmoid
 from routers.promise import Promise
 from routers.router import Router
-from serving.agreement import comparison
 from serving.exchange import Json
 from serving.linear import LinearStudent
 from serving.settings import TaskPolicy
@@ -206,19 +206,3 @@ def held_out_of(dataset: Dataset, ranks: NDArray[np.float64], fitted: Scored) ->
         row.id: (float(rank), key)
         for row, rank, key in zip(dataset.rows, ranks, fitted.predicted, strict=True)
     }
-
-
-def answer_terms(policy: TaskPolicy) -> AnswerTerms:
-    """What the policy says about answers, which are named there as one would write them, by their keys."""
-    comparing = comparison(policy.agreement)
-
-    def keys(written: Iterable[str]) -> Iterable[tuple[str, str]]:
-        for text in written:
-            key = comparing.key([{"message": {"content": text}, "finish_reason": "stop"}])
-            if key is not None:
-                yield key, text
-
-    prove: dict[str, float] = {}
-    for key, text in keys(policy.prove):
-        prove[key] = min(policy.prove[text], prove.get(key, 1.0))
-    return AnswerTerms(frozenset(key for key, _ in keys(policy.always_escalate)), prove)

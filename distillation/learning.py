@@ -15,6 +15,7 @@ from distillation.dataset import Dataset, Row
 from distillation.due import not_due
 from distillation.journal import LearningElsewhere, LookJournal
 from distillation.kind import Kind, LinearKind, StudentSilent
+from distillation.named_answers import never_given
 from distillation.outlook import after, labels_per_hour
 from distillation.past import Past
 from distillation.stakes import stakes_of
@@ -181,6 +182,7 @@ def _look(
     )
     needed = labels_needed(journal.past(), policy.max_disagreement, policy.certainty, fence=fence)
     message = too_late or _message(outcome, release, card, policy) + _waiting_time(dataset.rows, needed)
+    message = ". ".join([message, *never_given(policy, dataset.answers)])
     return Lesson(task, outcome, message, labels, needed, release, card)
 
 

@@ -12,6 +12,7 @@ import os
 import tomllib
 import typing
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,12 @@ _WORDS = {
     "int_parsing": "should be a whole number",
     "float_parsing": "should be a number",
     "bool_parsing": "should be true or false",
+    "dict_type": "should be a table, such as { one = 0.01 }",
+    "timezone_aware": "should name its time zone, as in 2026-10-01T00:00:00Z",
 }
 """What pydantic says of its parser, in words about the value."""
+_SHARES = ("max_disagreement", "certainty", "audit_rate", "skip_at_most")
+"""Keys that are taken for percentages."""
 
 
 def load_settings(path: Path | None = None) -> Settings:
@@ -101,6 +106,8 @@ def _explain(error: ErrorDetails) -> str:
         return "task is a list: write [[task]], in two pairs of brackets, for each task"
     message = _WORDS.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if loc[-1] in _SHARES and error["type"].startswith("less_than"):
+        message += ", since it is a share: 5 % is 0.05"
     return f"{where} = {_shown(loc, error['input'])}: {message}"
 
 
@@ -108,7 +115,7 @@ def _shown(loc: Sequence[int | str], value: object) -> str:
     """Show the value as a person wrote it, unless it may be or hold a secret."""
     if {"api_keys", "api_key_env", "admin_key"} & set(loc) or tuple(loc[:2]) == ("cache", "url"):
         return "(hidden)"
-    text = repr(value)
+    text = value.isoformat() if isinstance(value, datetime) else repr(value)
     if any(word in text for word in ("api_key", "admin_key", "redis")) or ("://" in text and "@" in text):
         return "(hidden)"
     return text if len(text) <= 80 else text[:77] + "..."

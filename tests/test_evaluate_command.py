@@ -82,7 +82,7 @@ def test_a_recording(run: Make, tmp_path: Path) -> None:
 
 
 def test_the_page(run: Make, tmp_path: Path) -> None:
-    run("intents", "--html", "page.html")
+    assert run("intents", "--html", "page.html").stdout.endswith("\nwith its plots: page.html\n")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
     assert "<script" not in page

@@ -128,3 +128,21 @@ def test_what_is_live_and_what_is_damaged(write_log: Make, exchanges: Make, publ
     (state / "tasks" / "intents" / "live").write_bytes(b"?")
     assert summaries(state)["intents"].release is None
     assert ReleaseStore(state).list("intents"), "the release itself is still there"
+
+
+def test_answers_that_are_named_and_unknown(write_log: Make, exchanges: Make) -> None:
+    state = write_log(exchanges(TEXTS))
+    assert summaries(state, always_escalate=["lost"])["intents"].unknown == []
+    (said,) = summaries(state, always_escalate=["lots"])["intents"].unknown
+    assert said.endswith("none of 100 labels has: did you mean 'lost'?")
+
+
+def test_a_live_release_that_cannot_be_loaded(write_log: Make, exchanges: Make, publish: Make) -> None:
+    state = write_log(exchanges(TEXTS))
+    publish(state, "intents", {"where": "lost", "when": "late"})
+    assert summaries(state)["intents"].unusable is None
+    router = state / "tasks" / "intents" / "releases" / "r0001" / "router.json"
+    router.write_bytes(router.read_bytes()[:-9])
+    assert "router.json doesn't match its checksum" in str(summaries(state)["intents"].unusable)
+    (state / "tasks" / "intents" / "live").write_text("{")
+    assert "which names no release" in str(summaries(state)["intents"].unusable)

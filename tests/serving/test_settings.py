@@ -87,6 +87,8 @@ def test_an_unknown_key_is_named_in_full_with_the_nearest_right_one(
     ("text", "key", "value", "allowed"),
     [
         ("[server]\nport = 99999\n", "server.port", "99999", "less than or equal to 65535"),
+        ('[[task]]\nname = "a"\ncertainty = 95\n', "task[0].certainty", "95", "it is a share: 5 % is 0.05"),
+        ('[[task]]\nname = "a"\nprove = ["x"]\n', "task[0].prove", "['x']", "a table, such as"),
         ("[server]\nworkers = 'many'\n", "server.workers", "'many'", "whole number"),
         ("[log]\ndurability = 'sometimes'\n", "log.durability", "'sometimes'", "'fsync' or 'relaxed'"),
         ("[teacher]\nbase_url = 'api.example'\n", "teacher.base_url", "'api.example'", "http:// or https://"),
@@ -345,7 +347,7 @@ class TestStudents:
             ('{ kind = "lm", base_url = "http://x", model = "m", top_logprobs = 21 }', "top_logprobs = 21"),
             (
                 '{ kind = "lm", base_url = "http://x", model = "m", trained_until = 2026-10-01T00:00:00 }',
-                "timezone",
+                "should name its time zone",
             ),
             ('{ kind = "lm", base_url = "http://x", modell = "m" }', "did you mean task[0].student.model?"),
         ],
