@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.beginning import begun
 from serving.exchange import Json, StudentAnswer
 from serving.lm_plan import LmPlan
 
@@ -32,12 +33,14 @@ class Known:
 class AsServed:
     """What an answer is judged by: `judged`, and whether it had `ended` by then, so that its key is known.
 
-    `early` is what was known at the checkpoints before, where it is given up if it is hopeless.
+    `early` is what was known at the checkpoints before, where it is given up if it is hopeless. `said` is the text of
+    one that hadn't ended, up to there; None in logs that don't tell.
     """
 
     judged: Known
     ended: bool
     early: tuple[Known, ...]
+    said: str | None = None
 
 
 def as_served(answer: StudentAnswer, plan: LmPlan, *, streamed: bool) -> AsServed:
@@ -46,7 +49,10 @@ def as_served(answer: StudentAnswer, plan: LmPlan, *, streamed: bool) -> AsServe
     early = tuple(point for point in known if point.tokens < plan.commit_tokens)
     committed = next((point for point in known if point.tokens == plan.commit_tokens), None)
     if streamed and committed is not None:
-        return AsServed(committed, False, early)
+        spelled = next(
+            point.get("bytes") for point in answer.checkpoints if point["tokens"] == committed.tokens
+        )
+        return AsServed(committed, False, early, None if spelled is None else begun(answer.choices, spelled))
     return AsServed(Known(_tokens(answer), answer.score, answer.signals), True, early)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +27,7 @@ from routers.foresight_fit import Stakes
 from routers.meter import TokenMeter
 from routers.router import Router
 from serving.agreement import comparison
+from serving.beginning import may_become
 from serving.errors import DamagedRelease, UnknownRelease
 from serving.exchange import Exchange, Json, StudentAnswer
 from serving.lm import LmStudent
@@ -103,14 +104,16 @@ class LmKind:
         progress: Progress,
     ) -> Look[Past]:
         """Score every answer as it would be served, and test."""
-        from distillation.gate import judge
+        from distillation.gate import answer_terms, judge
 
         served = self._served(dataset)
         judged = [None if one is None else one.judged for one in served]
         scores, signals = columns(judged)
+        always = answer_terms(self._policy).always_escalate
+        never = np.array([one is None or _may_become_one_of(always, one) for one in served])
         fitted = Scored(
-            # What the student refuses is never accepted.
-            scores=np.where(np.isnan(scores), -np.inf, scores),
+            # What the student refuses is never accepted, nor what has begun like an answer that is always escalated.
+            scores=np.where(never, -np.inf, scores),
             signals=signals,
             predicted=[self._key(row, one) for row, one in zip(dataset.rows, served, strict=True)],
             agreed=np.array(
@@ -251,6 +254,11 @@ def _logged(exchanges: Sequence[Exchange], own: set[str]) -> dict[str, StudentAn
         for exchange in exchanges
         if exchange.release in own and exchange.student is not None and exchange.student.complete
     }
+
+
+def _may_become_one_of(keys: Collection[str], served: AsServed) -> bool:
+    said = served.said
+    return said is not None and any(may_become(said, key) for key in keys)
 
 
 def _at(served: AsServed | None, tokens: int) -> Known | None:

@@ -76,14 +76,17 @@ class LmRelease:
         known = self.answered.get(row.id)
         if known is None:
             return None
-        ranked = self.held_out.get(row.id) or self._rank(known, row)
-        decision = self.router.judge(*ranked)
+        served = as_served(known.answer, self.plan, streamed=is_streamed(row))
+        ranked = self.held_out.get(row.id) or self._rank(known, served)
+        if served.said is None:
+            decision = self.router.judge(*ranked)
+        else:
+            decision = self.router.judge_begun(ranked[0], served.said)
         if self.ahead.skips(row, self.held_out.keys()):
             decision = replace(decision, accepted=False, reason="skipped")
         return Redone(ranked[0], known.key, known.agreed, decision)
 
-    def _rank(self, known: Answered, row: Row) -> tuple[float, str | None]:
-        served = as_served(known.answer, self.plan, streamed=is_streamed(row))
+    def _rank(self, known: Answered, served: AsServed) -> tuple[float, str | None]:
         key = known.key if served.ended else None
         if self.gives_up(served):
             return -math.inf, key

@@ -15,7 +15,7 @@ from dataclasses import replace
 from gateway import names
 from routers.router import Decision, Router
 from serving.agreement import Comparison
-from serving.beginning import may_become
+from serving.beginning import begun
 from serving.exchange import Json, StudentAnswer
 from serving.student import StudentStream
 
@@ -53,9 +53,8 @@ class Generation:
             for checkpoint in piece.checkpoints:
                 score, signals = checkpoint["score"], checkpoint["signals"]
                 if checkpoint["tokens"] == plan.commit_tokens and commits:
-                    decision = router.decide(score, signals)
-                    ruled_out = self._may_become(router, checkpoint["bytes"]) if decision.accepted else None
-                    return decision if ruled_out is None else router.decide(score, signals, ruled_out)
+                    said = begun(self._stream.answer().choices, checkpoint["bytes"])
+                    return router.judge_begun(router.confidence.rank(score, signals), said)
                 if checkpoint["tokens"] < plan.commit_tokens and may_stop and plan.stop_below is not None:
                     rank = router.confidence.rank(score, signals)
                     if rank < plan.stop_below:
@@ -118,20 +117,6 @@ class Generation:
         """Stop what goes on: its request counts for nothing any more."""
         if self._unheard is not None:
             self._unheard.cancel()
-
-    def _may_become(self, router: Router, spelled: int) -> str | None:
-        """An answer that has begun like this one, and that the rules hold to more than others.
-
-        Those they leave to the teacher come first, then those that have proven themselves only at higher ranks.
-        `spelled` is how many bytes the tokens up to here spell: what has come beyond is not to be known yet.
-        """
-        choices = self._stream.answer().choices
-        content = (choices[0]["message"].get("content") or "") if choices else ""
-        said = content.encode("utf-8", "replace")[:spelled].decode("utf-8", "ignore")
-        ruled_out = router.always_escalate | router.vetoed | router.unproven
-        stricter = [key for key, rank in router.proven.items() if rank > router.rank_threshold]
-        stricter.sort(key=lambda key: -router.proven[key])
-        return next((key for key in (*ruled_out, *stricter) if may_become(said, key)), None)
 
     def _end(self) -> None:
         self.over = True

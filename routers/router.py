@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import orjson
 
 from routers.confidence import Confidence, probability
+from serving.beginning import may_become
 from serving.errors import DamagedRelease
 from serving.exchange import Json
 
@@ -72,6 +73,22 @@ class Router:
         if known:
             reason = "confident" if accepted else "low_confidence"
         return Decision(accepted, confidence, probability(rank_threshold), reason)
+
+    def held_to(self, said: str) -> str | None:
+        """The key of an answer that one beginning with `said` may become, and that is held to more than others.
+
+        What is left to the teacher comes first, then what has proven itself only at higher ranks.
+        """
+        ruled_out = self.always_escalate | self.vetoed | self.unproven
+        stricter = [key for key, rank in self.proven.items() if rank > self.rank_threshold]
+        stricter.sort(key=lambda key: -self.proven[key])
+        return next((key for key in (*ruled_out, *stricter) if may_become(said, key)), None)
+
+    def judge_begun(self, rank: float, said: str) -> Decision:
+        """As `judge`, for an answer of which only this beginning is known: held to all that it may become."""
+        decision = self.judge(rank)
+        key = self.held_to(said) if decision.accepted else None
+        return decision if key is None else self.judge(rank, key)
 
     def dump(self) -> bytes:
         """The router as the file `router.json` of a release."""

@@ -21,6 +21,13 @@ _HALF_A_PAIR = re.compile("[\ud800-\udbff]$")
 _OPENINGS = ((dict, "{"), (list, "["), (str, '"'))
 
 
+def begun(choices: list[Json], spelled: int) -> str:
+    """The text of an answer up to a point by which its tokens spell so many bytes, whatever has come beyond."""
+    content = choices[0]["message"].get("content") if choices else None
+    text = content if isinstance(content, str) else ""
+    return text.encode("utf-8", "replace")[:spelled].decode("utf-8", "ignore")
+
+
 def may_become(said: str, key: str) -> bool:
     """Whether an answer that begins with the text `said` may have this key in the end.
 

@@ -19,7 +19,9 @@ from distillation.dataset import Row
 from distillation.economics import summarise
 from distillation.journal import LookJournal
 from distillation.learning import Lesson, learn
-from distillation.lm_release import Answered, read_lm_release
+from distillation.lm_release import Answered, LmRelease, read_lm_release
+from routers.confidence import Confidence
+from routers.router import Router
 from serving.errors import DamagedRelease
 from serving.exchange import Exchange, StudentAnswer
 from serving.lm_plan import LmPlan
@@ -296,6 +298,47 @@ class TestAsServed:
         keys = [held_out[exchange.id][1] for exchange in half]
         assert all(key is None for key in keys[::2]), "not yet known"
         assert all(key.startswith("The ") for key in keys[1::2])
+
+    def test_what_begins_like_an_answer_that_always_escalates_is_never_tested_as_accepted(
+        self, write_log: Make, exchanges: Make, student: Make
+    ) -> None:
+        """The essays differ in their second word."""
+        lines = said(250, long=True)
+        server = student(lines)
+        made = [
+            dataclasses.replace(e, request={**e.request, "stream": True}) for e in exchanges(pairs(lines))
+        ]
+        configured = settings(write_log(made), server.url)
+        never = ESSAY.format("parcel").strip()[:-1] + "; or so."  # as any of them begins, to the commit point
+        task = configured.task[0].model_copy(update={"always_escalate": [never]})
+        found = lesson(configured.model_copy(update={"task": [task]}))
+        assert found.outcome == "released", found.message
+        held_out = orjson.loads(
+            ReleaseStore(configured.state_dir).read("intents", "r0001").files["held_out.json"]
+        )
+        for one, exchange in zip(lines, made, strict=True):
+            rank, key = held_out[exchange.id]
+            assert (rank is None) is ("parcel" in one.student)
+            assert key is None
+
+    def test_a_past_release_held_beginnings_to_its_rules(self) -> None:
+        plan = LmPlan("http://x", "small", checkpoints=(), commit_tokens=2)
+        router = Router(Confidence.of_score(1.0, 0.0), 1.0, vetoed=frozenset({"The card is lost."}))
+
+        def redone(text: str, checkpoint: dict[str, Any]) -> str:
+            choices = [{"index": 0, "message": {"content": text}, "finish_reason": "stop"}]
+            answer = StudentAnswer("small", choices, None, 0.1, 9.0, signals={}, checkpoints=[checkpoint])
+            past = LmRelease(plan, router, {}, {"a": Answered(answer, text, True)})
+            row = Row("a", "text", text, [], None, None, "big", None, {"messages": [], "stream": True})
+            found = past.redo(row)
+            assert found is not None
+            return found.decision.reason
+
+        checkpoint = {"tokens": 2, "bytes": len("The card"), "score": 9.0, "signals": {}}
+        assert redone("The card is here.", checkpoint) == "vetoed_answer"
+        assert redone("The parcel is here.", checkpoint) == "confident"
+        del checkpoint["bytes"]
+        assert redone("The card is here.", checkpoint) == "confident", "a log of before doesn't tell"
 
     def test_a_prefix_may_rank_otherwise_than_the_whole(self, student: Make) -> None:
         answer = StudentAnswer(
