@@ -21,6 +21,7 @@ from distillation.asking import ask
 from distillation.dataset import Dataset, Row, dataset_of
 from distillation.kind import Progress, StudentSilent
 from distillation.lm_release import Answered, LmRelease, is_streamed, read_lm_release, stopping, student_id
+from distillation.named_answers import answer_terms
 from distillation.past import Past, read_past
 from distillation.scored import Scored
 from routers.foresight_fit import Stakes
@@ -104,7 +105,7 @@ class LmKind:
         progress: Progress,
     ) -> Look[Past]:
         """Score every answer as it would be served, and test."""
-        from distillation.gate import answer_terms, judge
+        from distillation.gate import judge
 
         served = self._served(dataset)
         judged = [None if one is None else one.judged for one in served]
