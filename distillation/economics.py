@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+from distillation.candidate import CandidateFile
 from distillation.dataset import Dataset, dataset_of
 from distillation.due import not_due
 from distillation.journal import LookJournal
@@ -163,6 +164,11 @@ def _outlook(settings: Settings, task: str, policy: TaskSettings, dataset: Datas
         reason, count = dataset.left_out.most_common(1)[0]
         hint = f"; {_SEE_MORE}" if reason == "unsupported: turns" and policy.student.sees == "message" else ""
         return f"no: {count} exchanges can't be used ({reason}{hint})"
+    if policy.admission == "e-process":
+        candidate = CandidateFile(settings.state_dir, task).read(policy)
+        if candidate is not None and candidate.after > fence and not candidate.exhausted(len(dataset.rows)):
+            since = sum(row.created > candidate.after for row in dataset.rows)
+            return f"candidate {candidate.number} is being tested: {since:,} labels came since it was fixed"
     waiting = not_due(dataset, LookJournal(settings.state_dir, task).past(), policy, fence=fence)
     if waiting is None:
         return "yes: a look is due"

@@ -209,6 +209,7 @@ def _admitted(card: Json) -> Admitted:
         labels=labels if type(labels) is int else None,
         delta=_number(card.get("delta")),
         coverage=_number(card.get("coverage")),
+        admission="e-process" if card.get("admission") == "e-process" else "looks",
     )
 
 

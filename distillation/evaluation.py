@@ -24,6 +24,7 @@ class PromiseMade:
 class Admitted:
     """What the release's own card says of the look that let it in; None where an old card doesn't say.
 
+    `admission` is "looks" or "e-process": then `look` is the candidate's number, and `labels` came since it was fixed.
     `delta` is what look number `look` spent of 1 − certainty, on `labels` labels, and `coverage` what it expected.
     """
 
@@ -31,6 +32,7 @@ class Admitted:
     labels: int | None
     delta: float | None
     coverage: float | None
+    admission: str = "looks"
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,12 @@ def spent_in_words(evaluation: Evaluation) -> str:
     admitted, delta = evaluation.admitted, 1.0 - evaluation.promise.certainty
     if admitted.look is None or admitted.delta is None:
         return "its card doesn't say how it was tested"
+    if admitted.admission == "e-process":
+        return (
+            f"admitted by bets on candidate {admitted.look} since the release before, on {admitted.labels or 0:,} "
+            f"labels that came after it was fixed; it may spend {100.0 * admitted.delta:.2f} of the "
+            f"{100.0 * delta:.2f} % that all candidates may err together"
+        )
     return (
         f"admitted by look {admitted.look} since the release before, on {admitted.labels or 0:,} labels; it spent "
         f"{100.0 * admitted.delta:.2f} of the {100.0 * delta:.2f} % that all looks may err together"

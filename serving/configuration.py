@@ -106,6 +106,8 @@ def _explain(error: ErrorDetails) -> str:
         return "task is a list: write [[task]], in two pairs of brackets, for each task"
     message = _WORDS.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if tuple(loc) == ("task",) and message.startswith("task ") and not origin:
+        return message  # it names task, key and value: all the other tasks would only hide it
     if loc[-1] in _SHARES and error["type"].startswith("less_than"):
         message += ", since it is a share: 5 % is 0.05"
     return f"{where} = {_shown(loc, error['input'])}: {message}"

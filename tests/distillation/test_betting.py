@@ -12,6 +12,9 @@ import orjson
 import pytest
 
 from distillation.candidate import Candidate, CandidateFile
+from distillation.economics import summarise
+from distillation.evaluate import evaluate
+from distillation.evaluation_words import spent_in_words
 from distillation.journal import LookJournal
 from distillation.learning import Lesson, learn
 from distillation.past import read_past
@@ -32,9 +35,13 @@ def pairs(count: int, seed: int = 1) -> list[tuple[str, str]]:
     return [(KINDS[kind].format(chance.randrange(1000)), kind) for kind in kinds]
 
 
-def lesson(state: Path, **task: Any) -> Lesson:
+def configured(state: Path, **task: Any) -> Settings:
     own = TaskSettings(**{"name": "intents", "max_disagreement": 0.1, "admission": "e-process", **task})
-    (found,) = learn(Settings(state_dir=state, task=[own]), "intents")
+    return Settings(state_dir=state, task=[own])
+
+
+def lesson(state: Path, **task: Any) -> Lesson:
+    (found,) = learn(configured(state, **task), "intents")
     return found
 
 
@@ -62,6 +69,8 @@ def test_from_a_candidate_to_a_release(begun: tuple[Path, list[Exchange]], write
     assert (candidate.number, candidate.labels, candidate.served) == (1, 80, None)
     again = lesson(state)
     assert again.outcome == "held" and "0 labels since candidate 1 was fixed" in again.message
+    (summary,) = summarise(configured(state))
+    assert summary.outlook == "candidate 1 is being tested: 0 labels came since it was fixed"
     assert again.look is not None and again.look["short"][0]["accepted"] == 0
 
     write_log(later[:10])
@@ -82,6 +91,10 @@ def test_from_a_candidate_to_a_release(begun: tuple[Path, list[Exchange]], write
     assert router == candidate_of(state).served
     assert router.decide(99.0, {}, "card").reason in ("confident", "no_signals")
     assert LookJournal(state, "intents").past()[-1].released
+    told = spent_in_words(evaluate(configured(state), "intents"))
+    assert told.startswith(
+        "admitted by bets on candidate 1 since the release before, on 75 labels that came after"
+    )
     once = lesson(state)
     assert (once.outcome, once.release) == ("held", None), "what is out already doesn't go out again"
 

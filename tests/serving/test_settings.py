@@ -297,6 +297,7 @@ def test_keys_of_a_task_that_contradict_each_other_are_refused(tmp_path: Path, t
     with pytest.raises(ConfigError) as caught:
         load_settings(path)
     assert said in str(caught.value)
+    assert "[{" not in str(caught.value), "the list of all tasks hides what is wrong with one"
 
 
 def test_a_named_answer_may_be_held_to_what_holds_for_all(tmp_path: Path) -> None:
