@@ -168,6 +168,6 @@ def test_audits_are_drawn_with_the_evidence(evaluation: Evaluation) -> None:
         evaluation.audits, audits=100, missing=2, points=points, evidence=1.1**100, alarmed=True
     )
     found = Page(evaluation_page(dataclasses.replace(evaluation, audits=audits)))
-    assert "Broken: 100 audits are evidence of 13,781 to 1" in found.text
+    assert "of 100 audits disagreed, evidence of 13,781 to 1" in found.text
     assert "2 of them got no answer" in found.text
     assert "audits-title" in {given.get("id") for _, given in found.tags}
