@@ -21,6 +21,7 @@ from distillation.foreseeing import Foreseeing
 from distillation.hopeless import Early, Hopeless, find_hopeless
 from distillation.named_answers import answer_terms
 from distillation.past import Past, PastRelease, propensity_of
+from distillation.refused import Refused
 from distillation.scored import Scored
 from routers.admission import AnswerTerms, Verdict, admit
 from routers.drift import Spread
@@ -39,9 +40,9 @@ R_co = TypeVar("R_co", bound=Past, covariant=True)
 HeldOut = dict[str, tuple[float, str | None]]
 """The rank and answer key with which each row was tested, by the row's id; −∞: it can't be accepted."""
 
-AsRelease = Callable[[Router, HeldOut, float | None, Ahead], R_co]
-"""Makes a release of a router, what was held out, the rank below which generations are given up, and what stands before
-its student."""
+AsRelease = Callable[[Router, HeldOut, float | None, Ahead, Refused], R_co]
+"""Makes a release of a router, what was held out, the rank below which generations are given up, what stands before its
+student, and which rows other rows' vetoes refuse."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +103,11 @@ def linear_release(
     held_out: HeldOut,
     _: float | None = None,
     ahead: Ahead | None = None,
+    refused: Refused | None = None,
 ) -> PastRelease:
     """A release of a linear student. Rows that can't be accepted aren't remembered."""
     known = {id: (rank, key) for id, (rank, key) in held_out.items() if key is not None and np.isfinite(rank)}
-    return PastRelease(student, router, known, ahead or Ahead())
+    return PastRelease(student, router, known, ahead or Ahead(), refused or Refused())
 
 
 def judge(
@@ -166,7 +168,10 @@ def judge(
             unproven=verdict.unproven,
             proven=verdict.proven,
         )
-        candidate = as_release(router, held_out, hopeless.below, ahead.before(verdict.accepted))
+        refused = Refused(
+            frozenset(row.id for row, one in zip(dataset.rows, verdict.refused, strict=True) if one)
+        )
+        candidate = as_release(router, held_out, hopeless.below, ahead.before(verdict.accepted), refused)
     return Look(
         number=number,
         labels=len(dataset.rows),

@@ -23,6 +23,7 @@ from distillation.kind import Progress, StudentSilent
 from distillation.lm_release import Answered, LmRelease, is_streamed, read_lm_release, stopping, student_id
 from distillation.named_answers import answer_terms
 from distillation.past import Past, read_past
+from distillation.refused import Refused
 from distillation.scored import Scored
 from routers.foresight_fit import Stakes
 from routers.meter import TokenMeter
@@ -179,8 +180,11 @@ class LmKind:
         """The answer's key, if it is known when the answer is judged."""
         return self._answered[row.id].key if served is not None and served.ended else None
 
-    def _release(self, router: Router, held_out: HeldOut, below: float | None, ahead: Ahead) -> LmRelease:
-        return LmRelease(stopping(self._plan, below), router, held_out, self._answered, ahead=ahead)
+    def _release(
+        self, router: Router, held_out: HeldOut, below: float | None, ahead: Ahead, refused: Refused
+    ) -> LmRelease:
+        plan = stopping(self._plan, below)
+        return LmRelease(plan, router, held_out, self._answered, ahead=ahead, refused=refused)
 
     async def _ask(self, rows: Sequence[Row], answers: dict[str, StudentAnswer], progress: Progress) -> None:
         """Ask about rows, and keep what comes: as the log would, with what `log.redact` names replaced."""

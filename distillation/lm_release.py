@@ -13,6 +13,7 @@ from distillation.ahead import Ahead
 from distillation.as_served import AsServed, as_served
 from distillation.dataset import Row
 from distillation.past import ROUTER_FILE, Redone
+from distillation.refused import Refused
 from routers.router import Router
 from serving.errors import DamagedRelease
 from serving.exchange import StudentAnswer
@@ -54,7 +55,8 @@ class LmRelease:
 
     `held_out` maps the ids of those rows to the rank and answer key that they were tested with: −∞ for one that was
     given up, no key for one that was judged before its end. `answered` maps ids to answers; what the student refuses
-    isn't there. `name` is None until it is written. What `ahead` skips is never accepted.
+    isn't there. `name` is None until it is written. `refused` says which of the rows it was fitted on are refused by
+    other rows' vetoes. What `ahead` skips is never accepted.
     """
 
     plan: LmPlan
@@ -63,6 +65,7 @@ class LmRelease:
     answered: Mapping[str, Answered]
     name: str | None = None
     ahead: Ahead = field(default_factory=Ahead)
+    refused: Refused = field(default_factory=Refused)
 
     def accepts_row(self, row: Row) -> bool:
         """Whether the release would have answered a row's request, had its confidence not been fitted on it."""
@@ -79,8 +82,8 @@ class LmRelease:
         served = as_served(known.answer, self.plan, streamed=is_streamed(row))
         ranked = self.held_out.get(row.id) or self._rank(known, served)
         if served.said is None:
-            decision = self.router.judge(*ranked)
-        else:
+            decision = self.router.judge(*ranked, vetoed=self.refused.vetoed(row.id, self.held_out.keys()))
+        else:  # of no answer's slice yet, so that its label has no hand in a veto
             decision = self.router.judge_begun(ranked[0], served.said)
         if self.ahead.skips(row, self.held_out.keys()):
             decision = replace(decision, accepted=False, reason="skipped")
@@ -106,6 +109,7 @@ class LmRelease:
             ROUTER_FILE: self.router.dump(),
             HELD_OUT_FILE: orjson.dumps(self.held_out),  # −∞ becomes null
             **self.ahead.files(),
+            **self.refused.files(self.router.vetoed),
         }
 
 
@@ -122,7 +126,13 @@ def read_lm_release(release: Release, answered: Mapping[str, Answered]) -> LmRel
             f"release {release.name} of task {release.task}: {HELD_OUT_FILE} can't be read: {error}"
         ) from error
     return LmRelease(
-        LmPlan.load(release.files), router, held_out, answered, release.name, Ahead.read(release.files)
+        LmPlan.load(release.files),
+        router,
+        held_out,
+        answered,
+        release.name,
+        Ahead.read(release.files),
+        Refused.read(release.files),
     )
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from distillation.ahead import Ahead
 from distillation.dataset import Dataset, Row
+from distillation.refused import Refused
 from routers.propensity import Period, pooled_propensity
 from routers.router import SCORE_SCHEMA, Decision, Router
 from serving.errors import DamagedRelease, UnknownRelease
@@ -66,20 +67,22 @@ class PastRelease:
     """A release whose student is `linear`: the student, its router, and how it ranked the rows it was fitted on.
 
     `held_out` maps the ids of those rows to the rank and answer key that cross-fitting gave them: the released
-    student and confidence have seen them and would be too sure. What `ahead` skips is never accepted.
+    student and confidence have seen them and would be too sure. `refused` says which of them other rows' vetoes refuse.
+    What `ahead` skips is never accepted.
     """
 
     student: LinearStudent
     router: Router
     held_out: Mapping[str, tuple[float, str]]
     ahead: Ahead = field(default_factory=Ahead)
+    refused: Refused = field(default_factory=Refused)
     _made: dict[str, tuple[float, Mapping[str, float], str]] = field(
         default_factory=dict, repr=False, compare=False
     )
 
     def accepts(self, id: str, text: str) -> bool:
         """Whether the release would have answered, had it not been fitted on this exchange."""
-        return self.router.judge(*(self.held_out.get(id) or self.rank(text))).accepted
+        return self._judge(id, *(self.held_out.get(id) or self.rank(text))).accepted
 
     def accepts_row(self, row: Row) -> bool:
         """Whether the release would have answered a row's request, by what this release's own student sees of it."""
@@ -95,10 +98,13 @@ class PastRelease:
             text = seen_text(row.request, sees)
         ranked = self.held_out.get(row.id)
         rank, key = self.rank(text) if ranked is None else ranked
-        decision = self.router.judge(rank, key)
+        decision = self._judge(row.id, rank, key)
         if self.ahead.skips(row, self.held_out.keys()):
             decision = replace(decision, accepted=False, reason="skipped")
         return Redone(rank, key, key == row.answer, decision)
+
+    def _judge(self, id: str, rank: float, key: str) -> Decision:
+        return self.router.judge(rank, key, vetoed=self.refused.vetoed(id, self.held_out.keys()))
 
     def rank(self, text: str) -> tuple[float, str]:
         """The rank and key of the student's answer to a text, as they would be served."""
@@ -121,6 +127,7 @@ class PastRelease:
             ROUTER_FILE: self.router.dump(),
             HELD_OUT_FILE: orjson.dumps(self.held_out),
             **self.ahead.files(),
+            **self.refused.files(self.router.vetoed),
         }
 
 
@@ -139,7 +146,7 @@ def past_of(files: Mapping[str, bytes], what: str) -> PastRelease:
             held_out = {id: (router.confidence.rank(s, {}, k), k) for id, (s, k) in held_out.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedRelease(f"{what}: {HELD_OUT_FILE} can't be read: {error}") from error
-    return PastRelease(LinearStudent.load(files), router, held_out, Ahead.read(files))
+    return PastRelease(LinearStudent.load(files), router, held_out, Ahead.read(files), Refused.read(files))
 
 
 def redoable(

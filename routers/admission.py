@@ -63,7 +63,8 @@ class Verdict:
     `whole` is the test of the answers that aren't named, with `delta`; `named` that of each named one, with
     `named_delta` (coverage there is that of its own traffic), and `given` counts the labels whose answer it is.
     `vetoed` and `slices` are found on the labels at or above `whole`'s threshold, or, where no level passed, at or
-    above the last one tested. `accepted` bool[n] says which of the labelled exchanges would be served.
+    above the last one tested. `accepted` bool[n] says which of the labelled exchanges would be served, `refused` which
+    aren't there by vetoes that labels of other folds give: those no label of theirs had a hand in.
     """
 
     whole: Admission
@@ -74,6 +75,7 @@ class Verdict:
     vetoed: frozenset[str]
     slices: list[Slice]
     accepted: Bools
+    refused: Bools
 
     @property
     def passed(self) -> bool:
@@ -182,6 +184,7 @@ def admit(
     cut = whole.threshold if whole.threshold is not None else tested[-1] if tested else -np.inf
     judged = others & (ranks >= cut)
     sliced = judged & known
+    refused = refused_out_of_fold(veto, place, agreeing, chances, folds, sliced)
     veto.fit(place[sliced], agreeing[sliced], chances[sliced])
     accepted = judged & ~(veto.refuses(place) & known) & (whole.threshold is not None)
     for key, test in tests.items():
@@ -191,7 +194,9 @@ def admit(
     vetoed = frozenset(keys[veto.answers_[veto.vetoed_]].tolist())
     # The report counts and names answers, not their places.
     veto.answers_ = keys[veto.answers_]
-    return Verdict(whole, tests, given, whole_delta, named_delta, vetoed, slices(veto, level), accepted)
+    return Verdict(
+        whole, tests, given, whole_delta, named_delta, vetoed, slices(veto, level), accepted, refused
+    )
 
 
 def _always(shown: Bools, _: Bools) -> Bools:

@@ -145,13 +145,14 @@ def bet(
     judged = others & (ranks >= cut)
     report = SliceVeto(max_disagreement, level=level, seed=seed)
     report.fit(keys[judged], agreeing[judged], chances[judged])
-    accepted: Bools = judged & ~np.isin(keys, list(vetoed)) & (whole.threshold is not None)
+    refused = judged & np.isin(keys, list(vetoed))
+    accepted: Bools = judged & ~refused & (whole.threshold is not None)
     for key, test in tests.items():
         if test.threshold is not None:
             accepted |= (keys == key) & (ranks >= test.threshold)
     given = {key: int((keys == key).sum()) for key in named}
     found = slices(report, level)
-    return Verdict(whole, tests, given, whole_delta, named_delta, vetoed, found, accepted)
+    return Verdict(whole, tests, given, whole_delta, named_delta, vetoed, found, accepted, refused)
 
 
 def _keys(answer: Sequence[str | None]) -> NDArray[Any]:

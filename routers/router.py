@@ -56,8 +56,11 @@ class Router:
         """Accept or escalate an answer. What can't be ranked is never trusted: what computed it is broken."""
         return self.judge(self.confidence.rank(score, signals, answer_key), answer_key)
 
-    def judge(self, rank: float, answer_key: str | None = None) -> Decision:
-        """As `decide`, for an answer whose rank is known already."""
+    def judge(self, rank: float, answer_key: str | None = None, *, vetoed: bool | None = None) -> Decision:
+        """As `decide`, for an answer whose rank is known already.
+
+        `vetoed` says whether its answer is, where that mustn't go by the release's own vetoes (None: it does).
+        """
         known = math.isfinite(rank)
         confidence = probability(rank) if known else 0.0
         reason, rank_threshold = "no_signals", self.rank_threshold
@@ -65,7 +68,7 @@ class Router:
             rank_threshold = self.proven.get(answer_key, rank_threshold)
             if answer_key in self.always_escalate:
                 known, reason = False, "always_escalate"
-            elif answer_key in self.vetoed:
+            elif answer_key in self.vetoed if vetoed is None else vetoed:
                 known, reason = False, "vetoed_answer"
             elif answer_key in self.unproven:
                 known, reason = False, "unproven_answer"

@@ -29,7 +29,7 @@ from serving.events import EVENT_ID, decode
 from serving.exchange import Json
 from serving.forgotten import read_forgotten, write_forgotten
 from serving.layout import task_directory, task_names
-from serving.releases import CANDIDATE_FILE, HELD_OUT_FILE, SKIPPED_FILE, ReleaseStore
+from serving.releases import CANDIDATE_FILE, HELD_OUT_FILE, REFUSED_FILE, SKIPPED_FILE, ReleaseStore
 from serving.removed import clear_unfinished, read_removed, removing_alone, unfinished, write_removed
 from serving.segment_digest import DIGEST_SUFFIX, audited_release
 from serving.segments import OPEN_SUFFIX, events_directory, seal_abandoned, segment_lines, segment_paths
@@ -246,7 +246,7 @@ class _Forgetting:
                     release = store.read(task, name)
                     remembered = {
                         file: orjson.loads(release.files[file])
-                        for file in (HELD_OUT_FILE, SKIPPED_FILE)
+                        for file in (HELD_OUT_FILE, SKIPPED_FILE, REFUSED_FILE)
                         if file in release.files
                     }
                     fitted = {id for rows in remembered.values() for id in rows if id in ids}

@@ -36,6 +36,9 @@ HELD_OUT_FILE = "held_out.json"
 SKIPPED_FILE = "skipped.json"
 """The same for what it would not have shown its student, by the ids of its exchanges."""
 
+REFUSED_FILE = "refused.json"
+"""The same for those whose answers it would have vetoed by the labels of others."""
+
 _CARD = "card.json"
 _FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)*[A-Za-z0-9_][A-Za-z0-9._-]*")
 _TEMPORARY = ".writing-"

@@ -11,7 +11,7 @@ import pytest
 from distillation.dataset import Dataset, Row, Traffic
 from distillation.due import not_due
 from distillation.gate import Look, take_look
-from distillation.past import PastRelease, read_past
+from distillation.past import PastRelease, past_of, read_past
 from routers.confidence import Confidence
 from routers.looks import PastLook, spent
 from routers.router import Router
@@ -218,6 +218,44 @@ class TestVetoes:
             "card",
             "parcel",
         }
+
+    def test_rows_it_was_fitted_on_are_redone_by_the_vetoes_of_others(self, tmp_path: Any) -> None:
+        chance = random.Random(5)
+        rows = []
+        for number in range(480):
+            kind = number % 8
+            wrong = chance.random() < (0.22 if kind < 3 else 0.01)  # hardly enough to be vetoed
+            rows.append(row(number, f"topic{kind} {number}", f"{chance.randrange(8) if wrong else kind}"))
+        found = look(day_zero(rows))
+        made = found.candidate
+        assert made is not None
+        by_all = [made.held_out[r.id][1] in made.router.vetoed for r in rows]
+        assert made.router.vetoed and by_all != found.verdict.refused.tolist()
+        store = ReleaseStore(tmp_path)
+        read = read_past(store, "t", store.write("t", made.files(), {"student": "linear"}))
+        for past in (made, read):
+            for one, refused in zip(rows, found.verdict.refused, strict=True):
+                if one.id not in past.held_out:
+                    continue
+                rank, _ = past.held_out[one.id]
+                redone = past.redo(one)
+                assert redone is not None
+                assert redone.decision.accepted is bool(rank >= past.router.rank_threshold and not refused)
+                assert past.accepts(one.id, one.text) is redone.decision.accepted
+        # Another request has no label that had a hand in it; and an older release goes by its own vetoes throughout.
+        assert made.refused.vetoed("new", made.held_out.keys()) is None
+        older = {name: data for name, data in made.files().items() if name != "refused.json"}
+        past = past_of(older, "an older release")
+        for one in rows:
+            _, key = past.held_out.get(one.id, (0.0, None))
+            assert key not in past.router.vetoed or not past.accepts(one.id, one.text)
+
+    @pytest.mark.parametrize("data", [b"", b"7", b"[1]", b"null"])
+    def test_refusals_that_cant_be_read(self, data: bytes) -> None:
+        found = look(day_zero(labelled(90)))
+        assert found.candidate is not None
+        with pytest.raises(DamagedRelease, match=r"refused\.json"):
+            past_of({**found.candidate.files(), "refused.json": data}, "a release")
 
 
 class TestPastRelease:

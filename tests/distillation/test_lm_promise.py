@@ -52,7 +52,7 @@ def release(seed: int, *, as_it_is_served: bool = True) -> tuple[LmRelease | Non
     look = judge(
         Dataset(rows, {None: Traffic(LABELS, 0, 0.05 * LABELS)}),
         Scored(scores, signals, keys, agreed),
-        lambda router, held_out, below, _: LmRelease(stopping(PLAN, below), router, held_out, answered),
+        lambda router, held_out, below, *_: LmRelease(stopping(PLAN, below), router, held_out, answered),
         {},
         POLICY,
         number=1,

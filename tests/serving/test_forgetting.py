@@ -143,6 +143,7 @@ def test_releases_made_since_are_named_and_forget_what_they_were_fitted_on(tmp_p
     def write(created: float, held: dict[str, Any]) -> str:
         files = {"held_out.json": orjson.dumps(held), "student.npz": b"weights"}
         files["skipped.json"] = orjson.dumps(dict.fromkeys(held, 0.1))
+        files["refused.json"] = orjson.dumps(dict.fromkeys(held, True))
         return store.write("t", files, {"created": created, "student": "linear"})
 
     before = write(500.0, {"9": [1.0, "x"]})
@@ -158,6 +159,7 @@ def test_releases_made_since_are_named_and_forget_what_they_were_fitted_on(tmp_p
     left = store.read("t", fitted)
     assert sorted(orjson.loads(left.files["held_out.json"])) == ["0", "2"]
     assert sorted(orjson.loads(left.files["skipped.json"])) == ["0", "2"]
+    assert sorted(orjson.loads(left.files["refused.json"])) == ["0", "2"]
     assert (left.files["student.npz"], left.card["created"]) == (b"weights", 2000.0)
     assert store.names("t") == (before, fitted, since)
     assert b"answer 1" not in everything(tmp_path)
