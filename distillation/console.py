@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from distillation.due import noise_line
 from distillation.economics import TaskSummary
 from distillation.learning import Lesson
 from distillation.outlook import in_words
@@ -163,6 +164,8 @@ def print_tasks(
                 (summary.task, f"{summary.unpriced:,} answers of the teacher have no price: {_PRICE}")
             )
         outlooks += [(summary.task, line) for line in summary.unknown]
+        if summary.noise is not None:
+            outlooks.append((summary.task, noise_line(summary.noise)))
         if summary.spared is not None:
             spared = summary.spared
             outlooks.append(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+from routers.noise import Noise
 from serving import sight
 from serving.agreement import Comparison, comparison
 from serving.chat import last_user_text
@@ -33,7 +34,8 @@ class Row:
 
     `text` is what the student to be sees of `request`; a past release may see it otherwise. `created` is in seconds
     since the epoch; `accepted` says whether the client got the student's answer. `propensity` is the exchange's own,
-    `least_propensity` the smallest that any could have had then.
+    `least_propensity` the smallest that any could have had then. `steady` says whether the teacher, asked twice,
+    agreed with itself; None: there is no second answer to compare.
     """
 
     id: str
@@ -49,6 +51,7 @@ class Row:
     accepted: bool = field(default=False, compare=False)
     propensity: float = field(default=1.0, compare=False)
     least_propensity: float = field(default=1.0, compare=False)
+    steady: bool | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)
@@ -77,6 +80,11 @@ class Dataset:
     def answers(self) -> list[str]:
         """The known teacher answers, one a row that has one."""
         return [row.answer for row in self.rows if row.answer is not None]
+
+    @property
+    def noise(self) -> Noise:
+        """How often the teacher disagreed with itself."""
+        return Noise.of(row.steady for row in self.rows)
 
     def without_period(self, release: str | None) -> Dataset:
         """The same without what came while `release` was live: its decisions can't be redone any more."""
@@ -146,6 +154,7 @@ def build_dataset(
                 accepted=exchange.by_student,
                 propensity=exchange.audit_rate if exchange.by_student else 1.0,
                 least_propensity=1.0 if exchange.release is None else exchange.audit_rate or 1.0,
+                steady=_steady(exchange, comparing),
             )
         )
     return dataset
@@ -173,6 +182,14 @@ def _answer(exchange: Exchange, comparing: Comparison) -> str | None:
         return None
     key = comparing.key(exchange.teacher.choices)
     return f" redacted {key}" if "teacher" in exchange.redacted else key
+
+
+def _steady(exchange: Exchange, comparing: Comparison) -> bool | None:
+    """Whether the teacher said the same twice; beside a student it gets the harder requests, which aren't counted."""
+    first, again = exchange.teacher, exchange.repeat
+    if first is None or again is None or exchange.release is not None or "teacher" in exchange.redacted:
+        return None
+    return comparing.agree(first.choices, again.choices)
 
 
 def _count(usage: Json, name: str) -> int | None:

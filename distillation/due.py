@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from distillation.dataset import Dataset, known_answers
 from routers.looks import SEEN_ENOUGH, PastLook, half_is_known, labels_needed, unseen_chance
+from routers.noise import Noise
 from serving.settings import TaskPolicy
 
 
@@ -46,6 +47,9 @@ def not_due(
             f"none of {untrainable} answers may be used for training: set teacher.trainable = true "
             "if the provider's terms allow it",
         )
+    noisy = too_noisy(dataset, policy)
+    if noisy is not None:
+        return NotDue(True, noisy)
     if labels < needed:
         return NotDue(
             False, f"{labels} labels; the {'next' if begun else 'first'} look needs {needed}", needed
@@ -73,3 +77,21 @@ def not_due(
             f"seen {SEEN_ENOUGH} times",
         )
     return None
+
+
+def too_noisy(dataset: Dataset, policy: TaskPolicy) -> str | None:
+    """Why the teacher's own noise forbids what the task promises, or None: it isn't shown to (STATISTICS.md §5)."""
+    noise = dataset.noise
+    floor = noise.floor(policy.certainty)
+    if floor <= policy.max_disagreement:
+        return None
+    return (
+        f"the teacher disagrees with itself on at least {floor:.1%} ({noise.differed:,} of {noise.asked:,} asked "
+        f"twice, {policy.certainty:.0%} certain): max_disagreement = {policy.max_disagreement:g} can't be promised; "
+        "raise it, or make the teacher steadier (temperature 0, a clearer prompt)"
+    )
+
+
+def noise_line(noise: Noise) -> str:
+    """How often the teacher agreed with itself, for a person."""
+    return f"asked twice {noise.asked:,} times, the teacher disagreed with itself {noise.differed:,} times"

@@ -14,6 +14,7 @@ from distillation.named_answers import never_given
 from distillation.prompts import Prompts
 from distillation.watching import Watched, came_after, live_of, watched
 from routers.looks import unseen_chance
+from routers.noise import Noise
 from serving.errors import DamagedRelease, UnknownRelease
 from serving.exchange import Exchange, Json
 from serving.live import Withdrawal
@@ -42,8 +43,8 @@ class TaskSummary:
     them have no price, `unseen` the chance that the next answer is new. `outlook` says in words whether a student
     looks worth it, and why; `sees` what of a request the next student will see. `watched` is how the live release does,
     `withdrawn` why none is live, if the watch took it away: `labels` and `outlook` are then of what came since.
-    `spared` is there where the student was skipped. `unknown` says which answers the configuration names and no
-    label has, `unusable` why the live release can't answer.
+    `spared` is there where the student was skipped, `noise` where the teacher was asked twice. `unknown` says which
+    answers the configuration names and no label has, `unusable` why the live release can't answer.
     """
 
     task: str
@@ -64,6 +65,7 @@ class TaskSummary:
     spared: Spared | None = None
     unknown: list[str] = field(default_factory=list)
     unusable: str | None = None
+    noise: Noise | None = None
 
     def to_json(self) -> Json:
         """The summary as `--json` prints it."""
@@ -118,6 +120,7 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
         spared=_spared(read.exchanges, settings.student.usd_per_hour),
         unknown=never_given(policy, answers),
         unusable=_unusable(ReleaseStore(settings.state_dir), task),
+        noise=dataset.noise if dataset.noise.asked else None,
     )
 
 
@@ -149,9 +152,11 @@ def _paid_for(exchange: Exchange) -> bool:
 def cost_of(exchange: Exchange) -> float:
     """What the exchange cost. An audit's answer came after the books of the request were closed: it comes on top.
 
-    A teacher's answer that was replayed was paid for by the request it was first given to.
+    So does a second answer of the teacher's. One that was replayed was paid for by the request it was first given to.
     """
     cost = exchange.cost_usd or 0.0
+    if exchange.repeat is not None:
+        cost += exchange.repeat.cost_usd or 0.0
     if exchange.by_student and exchange.teacher is not None:
         cost += exchange.teacher.cost_usd or 0.0
     return cost

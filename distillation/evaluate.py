@@ -12,6 +12,7 @@ import numpy as np
 
 from distillation.audit_record import audit_record
 from distillation.dataset import Dataset
+from distillation.due import noise_line
 from distillation.evaluation import Admitted, Evaluation, JudgedAnswer, OneRelease, PromiseMade, Rules
 from distillation.judgement import judge
 from distillation.past import Past, PastRelease
@@ -191,6 +192,8 @@ def _remarks(
             f"the release was tested with agreement {kind!r}; the configuration now says {policy.agreement.kind!r}, "
             "and that is what is counted here"
         )
+    if dataset.noise.asked:
+        remarks.append(noise_line(dataset.noise))
     missing = sum(row.answer is None for row in labelled.rows)
     if missing:
         remarks.append(f"{missing:,} audits got no answer of the teacher's: they count as disagreements")

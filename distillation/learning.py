@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from distillation.candidate import Candidate, CandidateFile
 from distillation.dataset import Dataset, Row
-from distillation.due import not_due
+from distillation.due import not_due, too_noisy
 from distillation.journal import LearningElsewhere, LookJournal
 from distillation.kind import Kind, LinearKind, StudentSilent
 from distillation.named_answers import never_given
@@ -111,7 +111,8 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         candidates = CandidateFile(settings.state_dir, task)
         betting = policy.admission == "e-process"
         candidate = candidates.read(policy) if betting else None
-        if candidate is not None and candidate.after > fence:
+        noisy = too_noisy(dataset, policy) is not None
+        if candidate is not None and candidate.after > fence and not noisy:
             lesson = _bet(settings, task, candidate, candidates, dataset, journal, policy, fence)
             if lesson.release is not None or not candidate.exhausted(len(dataset.rows)):
                 return lesson

@@ -75,6 +75,7 @@ def report_card(look: Look[Past], dataset: Dataset, policy: TaskPolicy, *, relea
         "slices": [asdict(one) for one in verdict.slices[:_MOST_SLICES]],
         "standings": {standing: standings[standing] for standing in ("vetoed", "unproven", "shown")},
         "teacher_models": dict(models),
+        "teacher_noise": {**asdict(dataset.noise), "at_least": dataset.noise.floor(policy.certainty)},
         "left_out": dict(dataset.left_out),
         "releases": releases,
         "expected_broken": releases * delta,

@@ -2,6 +2,10 @@
 
 Nothing is ever dropped: an audit that this process can't finish stays pending in the log, and the keeper of
 this or the next process takes it up.
+
+The teacher's own noise is measured on the way (STATISTICS.md §5): of a few requests that it answered it is asked once
+more. Such a repeat is owed to nobody. One that can't be made at once, or that its process doesn't live to see, is
+dropped: whether it is doesn't depend on what the teacher would have said.
 """
 
 from __future__ import annotations
@@ -40,12 +44,16 @@ KEEPER_TENANT = Caller(tenant="keeper")
 
 @dataclass(slots=True)
 class _Audit:
-    """One audit; `asking` while the teacher may be at work on it. `until` is of the monotonic clock."""
+    """One audit; `asking` while the teacher may be at work on it. `until` is of the monotonic clock.
+
+    `again`: it is a repeat, of a question that the teacher has answered.
+    """
 
     exchange: Exchange
     caller: Caller
     headers: Headers
     until: float = field(default_factory=lambda: time.monotonic() + WAITS_FOR_S)
+    again: bool = False
     asking: bool = False
     task: asyncio.Task[None] | None = None
 
@@ -92,10 +100,16 @@ class Audits:
         """
         self._begin(_Audit(exchange, caller, headers))
 
+    def repeat(self, exchange: Exchange, caller: Caller, headers: Headers = ()) -> None:
+        """Ask the teacher once more what it has answered, in the background. Dropped where it can't be done at once."""
+        if self._successor is None:  # else that one's teacher may be another
+            self._begin(_Audit(exchange, caller, headers, again=True))
+
     def hand_over(self, successor: Audits) -> None:
         """Let the audits of a reloaded configuration go on with those that wait; what is being asked comes to its end.
 
-        Else they would wait for a teacher that may have been replaced. `successor` must share `under_way`.
+        Else they would wait for a teacher that may have been replaced. `successor` must share `under_way`. Repeats are
+        dropped: another teacher isn't asked twice.
         """
         self._successor = successor
         for audit in list(self._running.values()):
@@ -118,7 +132,8 @@ class Audits:
         self._running.pop(audit.exchange.id, None)
         self._under_way.discard(audit.exchange.id)
         # One that was cancelled while the teacher was asked would be paid for twice.
-        if task.cancelled() and self._successor is not None and not audit.asking:
+        waits = not audit.asking and not audit.again
+        if task.cancelled() and self._successor is not None and waits:
             self._successor._begin(audit)
 
     def take_up(self, leftovers: Iterable[Exchange]) -> int:
@@ -140,7 +155,7 @@ class Audits:
 
     async def aclose(self, grace_s: float | None = 5.0) -> None:
         """Give what is running a few seconds; the rest stays pending in the log. None: all the time it takes."""
-        running = {audit.task for audit in self._running.values() if audit.task is not None}
+        running = {audit.task: audit.again for audit in self._running.values() if audit.task is not None}
         if not running:
             return
         _, unfinished = await asyncio.wait(running, timeout=grace_s)
@@ -148,24 +163,28 @@ class Audits:
             task.cancel()
         if unfinished:
             await asyncio.wait(unfinished)
-            log.info("%d audits stay pending for the next start", len(unfinished))
+            pending = sum(not running[task] for task in unfinished)
+            log.info("%d audits stay pending for the next start", pending)
 
     async def _audit(self, audit: _Audit) -> None:
         exchange = audit.exchange
         try:
             answer = await self._ask(audit)
-        except _LeftPending:
+        except _NotNow:
             return
         except Exception:
             log.exception("audit of exchange %s failed", exchange.id)
             answer = None
-        self._finish(exchange, answer)
+        if audit.again:
+            self._note_repeat(exchange, answer)
+        else:
+            self._finish(exchange, answer)
 
     async def _ask(self, audit: _Audit) -> TeacherAnswer | None:
         """Return the teacher's answer, or None when it can't be had.
 
         A teacher that isn't there is waited for; one that was asked and failed is asked a few times.
-        Raises _LeftPending when waiting any longer is the keeper's.
+        Raises _NotNow when waiting any longer is the keeper's, and for a repeat that would have to wait.
         """
         exchange, caller = audit.exchange, audit.caller
         delays = iter(self._delays)
@@ -174,7 +193,7 @@ class Audits:
                 async with self._slots:
                     if self._is_keepers(exchange, caller):
                         # It has waited behind so many others that the keeper may be at it by now.
-                        raise _LeftPending
+                        raise _NotNow
                     audit.asking = True
                     reply = await self._teacher.complete(
                         exchange.request,
@@ -191,13 +210,14 @@ class Audits:
                     delay: float | None = told * random.uniform(1.0, 1.5)
                     if time.monotonic() > audit.until:
                         delay = None
-                    elif self._is_keepers(exchange, caller):
-                        raise _LeftPending from None
+                    elif audit.again or self._is_keepers(exchange, caller):
+                        raise _NotNow from None
                 else:
                     self._metrics.record_upstream_error("teacher", error.kind)
                     delay = next(delays, None) if _may_pass(error) else None
                 if delay is None:
-                    log.warning("audit of exchange %s: %s; it counts as missing", exchange.id, error)
+                    what = "repeat of" if audit.again else "audit of"
+                    log.warning("%s exchange %s: %s; it counts as missing", what, exchange.id, error)
                     return None
             if self._successor is not None:
                 raise asyncio.CancelledError  # handed over while the teacher was asked
@@ -226,9 +246,18 @@ class Audits:
         if release is not None and release.name == exchange.release:
             release.accepted_audits += 1
 
+    def _note_repeat(self, exchange: Exchange, answer: TeacherAnswer | None) -> None:
+        agreed = None
+        if answer is not None and exchange.teacher is not None:
+            agreed = self._tasks.comparison(exchange.task).agree(exchange.teacher.choices, answer.choices)
+        self._ledger.later(exchange.task, events.repeated(exchange.id, teacher=answer, at=time.time()))
+        self._metrics.record_repeat(
+            exchange.task, agreed, answer.cost_usd if answer else None, answer.usage if answer else None
+        )
 
-class _LeftPending(Exception):
-    """The audit stays pending in the log; the keeper takes it up."""
+
+class _NotNow(Exception):
+    """The teacher isn't asked any more: an audit stays pending in the log, for the keeper; a repeat is dropped."""
 
 
 def _was_not_asked(error: UpstreamError) -> bool:

@@ -59,7 +59,7 @@ class Metrics:
         )
         self._cost = self._counter(
             names.METRIC_COST,
-            "What the requests cost; audits count with the requests audited.",
+            "What the requests cost; audits and repeats count with the requests they are of.",
             ("task", "route"),
         )
         self._request_cost = self._histogram(
@@ -88,6 +88,9 @@ class Metrics:
         )
         self._audits = self._counter(
             names.METRIC_AUDITS, "Audits of answers the student gave.", ("task", "outcome")
+        )
+        self._repeats = self._counter(
+            names.METRIC_REPEATS, "Requests that the teacher was asked twice.", ("task", "outcome")
         )
         self._logged = self._counter(names.METRIC_LOGGED, "Exchanges made durable.", ("task",))
         self._lost = self._counter(names.METRIC_LOST, "Exchanges that could not be logged.", ("task",))
@@ -238,12 +241,19 @@ class Metrics:
 
         Its tokens have kinds of their own: they are no part of the answer the client got.
         """
-        outcome = "missing" if agreed is None else "agreed" if agreed else "disagreed"
-        self._audits.labels(task, outcome).inc()
+        self._audits.labels(task, _outcome(agreed)).inc()
         if usd is not None:
             self._cost.labels(task, route).inc(usd)
         for kind, count in _counts(usage):
             self._tokens.labels(task, route, f"audit_{kind}").inc(count)
+
+    def record_repeat(self, task: str, agreed: bool | None, usd: float | None, usage: Json | None) -> None:
+        """Count a teacher that was asked twice, and what that cost; `agreed` None: it gave no second answer."""
+        self._repeats.labels(task, _outcome(agreed)).inc()
+        if usd is not None:
+            self._cost.labels(task, "teacher").inc(usd)
+        for kind, count in _counts(usage):
+            self._tokens.labels(task, "teacher", f"repeat_{kind}").inc(count)
 
     def record_logged(self, task: str) -> None:
         """Count an exchange that is on disk."""
@@ -363,6 +373,10 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, labels: Sequence[str]) -> Gauge:
         return Gauge(name, text, labels, registry=self._registry, multiprocess_mode="mostrecent")
+
+
+def _outcome(agreed: bool | None) -> str:
+    return "missing" if agreed is None else "agreed" if agreed else "disagreed"
 
 
 def _counts(usage: Json | None) -> list[tuple[str, int]]:

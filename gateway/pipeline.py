@@ -147,6 +147,8 @@ class Pipeline:
             audited = turn.release.accepted_audits if turn.release else 0
             turn.audit_rate = audit_rate(audited, turn.policy.audit_rate)
             turn.coin = random.random() < turn.audit_rate
+            # Once a release is live, what the teacher answers is the harder part: no sample of the traffic.
+            turn.asks_twice = turn.release is None and random.random() < turn.policy.noise_rate
         self._attempts.remember(key, turn.id, coin=turn.coin, audit_rate=turn.audit_rate)
 
     async def _answer(self, turn: Turn) -> Reply:

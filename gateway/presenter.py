@@ -92,6 +92,8 @@ class Presenter:
             self._ledger.cancelled(turn)
         elif turn.logged and turn.audit() == "pending":
             self._audits.start(turn.exchange(), turn.arrival.caller, turn.arrival.headers)
+        elif turn.logged and turn.repeats():
+            self._audits.repeat(turn.exchange(), turn.arrival.caller, turn.arrival.headers)
 
 
 def cut(turn: Turn, completion: Json) -> bytes:

@@ -16,7 +16,7 @@ from routers.router import Decision
 from serving.assembler import Assembler
 from serving.chat import ChatRequest
 from serving.exchange import Audit, Exchange, Json, Origin, Route, StudentAnswer, TeacherAnswer
-from serving.settings import TaskSettings
+from serving.settings import RESERVED_TASKS, TaskSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class Turn:
     `newcomer` is the name of the task that its prompt may become once the teacher has answered; until then
     `task` is `other`. `eligible` is said of the request, `spoiled` of the way its answer came about: what is
     either not eligible or spoiled counts for nothing (STATISTICS.md §1).
+    `asks_twice`: the coin fell by which the teacher is asked once more, whatever it answers (STATISTICS.md §5).
     `origin` says of an answer from the cache who once gave it.
     `asking`: the teacher is being asked (not: waited for, in a line or before a retry) and its answer isn't whole;
     `received` is what has come of a stream.
@@ -65,6 +66,7 @@ class Turn:
     newcomer: str | None = None
     coin: bool = False
     audit_rate: float = 0.0
+    asks_twice: bool = False
     supersedes: str | None = None
     route: Route = "teacher"
     origin: Origin | None = None
@@ -148,6 +150,11 @@ class Turn:
         if not (self.coin and self.counts):
             return "none"
         return "pending" if self.by_student else "answered"
+
+    def repeats(self) -> bool:
+        """Whether the teacher, which has answered, is to be asked once more: only where that can be learned from."""
+        answered = self.route == "teacher" and self.teacher is not None and self.teacher.trainable
+        return self.asks_twice and self.counts and answered and self.task not in RESERVED_TASKS
 
     def propensity(self) -> float | None:
         """Return the probability with which this exchange comes to have both answers (STATISTICS.md §2)."""

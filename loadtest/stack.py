@@ -261,6 +261,7 @@ interval_s = {plan.learn_interval_s}
 name = {text(plan.task)}
 max_disagreement = {plan.max_disagreement}
 certainty = {plan.certainty}
+noise_rate = 0  # calls to the teacher are counted by what was asked
 match = {{ model = {text(plan.model)} }}
 """
 

@@ -84,6 +84,11 @@ def clopper_pearson(hits: int, trials: int, certainty: float = CERTAINTY) -> tup
     return low, high
 
 
+def at_least(hits: int, trials: int, certainty: float) -> float:
+    """Clopper and Pearson's one-sided lower bound of a share: the truth lies below it with 1 − `certainty` at most."""
+    return clopper_pearson(hits, trials, 2.0 * certainty - 1.0)[0]
+
+
 def _beta_quantile(a: float, b: float, probability: float) -> float:
     """The x at which the distribution function of Beta(a, b) reaches `probability`, by bisection."""
     log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)

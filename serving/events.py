@@ -6,6 +6,8 @@ Kinds (the event's own field `event`):
 
 - `answered`: every field of an Exchange; what is known when the client has its answer.
 - `audited`: `id`, `teacher` (the answer fetched afterwards, or null: it is missing), `agreement`, `at`.
+- `repeated`: `id`, `teacher` (what it said when it was asked the same once more, or null: it gave no answer), `at`. It
+  labels nothing: it says whether the teacher agrees with itself.
 - `superseded`: `id`, `by` (the id of the retry that replaces it), `at`.
 - `completed`: `id`, `student` (what it said in the end, whose answer wasn't whole when the exchange was logged),
   `agreement`, `usd` (what that cost on top), `at`.
@@ -79,6 +81,15 @@ def audited(id: str, *, teacher: TeacherAnswer | None, agreement: bool | None, a
         "agreement": agreement,
         "at": at,
     }
+
+
+def repeated(id: str, *, teacher: TeacherAnswer | None, at: float) -> Json:
+    """The event of a teacher that was asked the same once more; None when it gave no answer.
+
+    `at`: seconds since the epoch.
+    """
+    answer = None if teacher is None else _plain(teacher, TEACHER_FIELDS)
+    return {"event": "repeated", "schema": SCHEMA, "id": id, "teacher": answer, "at": at}
 
 
 def completed(id: str, *, student: StudentAnswer, agreement: bool | None, usd: float, at: float) -> Json:
@@ -176,13 +187,14 @@ class Fold:
     """Takes events in any order and gives the exchanges they make.
 
     The same event twice changes nothing. Of two `answered` events with one id the first one read wins; of two
-    audits the one that has an answer, then the first. Events of an exchange that was never `answered` wait
-    in vain.
+    audits or repeats the one that has an answer, then the first. Events of an exchange that was never `answered` wait
+    in vain. A repeat that was redacted is left out: what it says can't be compared.
     """
 
     def __init__(self) -> None:
         self._answered: dict[str, Exchange] = {}
         self._audited: dict[str, _Late] = {}
+        self._repeated: dict[str, TeacherAnswer] = {}
         self._completed: dict[str, tuple[StudentAnswer, bool | None, float]] = {}
         self._superseded: dict[str, str] = {}
         self._cancelled: dict[str, TeacherAnswer | None] = {}
@@ -205,6 +217,12 @@ class Fold:
                 case "audited":
                     _check(event, _LATE_TYPES)
                     self._add_audit(event["id"], _teacher(event["teacher"]), event.get("agreement"))
+                case "repeated":
+                    _check(event, _LATE_TYPES)
+                    again = _teacher(event["teacher"])
+                    if again is not None and not event.get("redacted"):
+                        self._repeated.setdefault(event["id"], again)
+                    return "taken"  # what was redacted of it was none of the exchange's own
                 case "completed":
                     _check(event, _LATE_TYPES)
                     student = StudentAnswer(**only(STUDENT_FIELDS, _student(event["student"])))
@@ -259,6 +277,8 @@ class Fold:
                 agreement=exchange.agreement if agreement is None else agreement,
                 audit="missing" if teacher is None else "answered",
             )
+        if id in self._repeated:
+            exchange = replace(exchange, repeat=self._repeated[id])
         if id in self._redacted:
             exchange = replace(exchange, redacted=sorted(self._redacted[id]))
         if id in self._superseded:
@@ -296,6 +316,7 @@ _EXCHANGE_TYPES: _Types = {
     "superseded_by": (str, _NONE),
     "cancelled": (bool,),
     "redacted": (list,),
+    "repeat": (dict, _NONE),
     "cost_usd": (*_NUMBER, _NONE),
     "origin": (str, _NONE),
     "schema": (int,),
@@ -371,6 +392,8 @@ def _exchange(event: Json) -> Exchange:
     if event.get("teacher") is not None:
         _check(event["teacher"], _TEACHER_TYPES)
         _check_choices(event["teacher"]["choices"])
+    if event.get("repeat") is not None:
+        _teacher(event["repeat"])
     if event.get("student") is not None:
         event = {**event, "student": _student(event["student"])}
     return Exchange.from_json(event)

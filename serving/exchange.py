@@ -69,6 +69,8 @@ class Exchange:
     `redacted` names the parts (`request`, `teacher`, …) that didn't reach the log as they were (serving.redaction).
     `coin` says whether the audit coin fell (flipped for every eligible request, whatever its route).
     `agreement` is None until both answers are known.
+    `repeat` is what the teacher said when it was asked the very same once more, afterwards, to see whether it agrees
+    with itself; None: it wasn't asked, or gave no answer.
     """
 
     id: str
@@ -95,6 +97,7 @@ class Exchange:
     cost_usd: float | None = None
     origin: Origin | None = None
     redacted: list[str] = field(default_factory=list)
+    repeat: TeacherAnswer | None = None
     schema: int = SCHEMA
 
     @property
@@ -130,6 +133,8 @@ class Exchange:
         known = {name: data[name] for name in EXCHANGE_FIELDS if name in data}
         if known.get("teacher") is not None:
             known["teacher"] = TeacherAnswer(**only(TEACHER_FIELDS, known["teacher"]))
+        if known.get("repeat") is not None:
+            known["repeat"] = TeacherAnswer(**only(TEACHER_FIELDS, known["repeat"]))
         if known.get("student") is not None:
             known["student"] = StudentAnswer(**only(STUDENT_FIELDS, known["student"]))
         return cls(**known)

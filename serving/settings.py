@@ -415,6 +415,13 @@ class TaskPolicy(Section):
         description="how the promise is tested: now and then by all labels, or by those to come, at any time",
     )
     audit_rate: float | None = Field(None, gt=0, le=1, description="absent: 5 %, then 2 % (STATISTICS.md §2)")
+    noise_rate: float = Field(
+        0.005,
+        ge=0,
+        le=1,
+        description="share of requests that the teacher is asked twice, while no release is live, to see whether it "
+        "agrees with itself (STATISTICS.md §5); 0: none",
+    )
     always_escalate: list[str] = Field(
         default=[], description="student answers that always go to the teacher"
     )

@@ -339,6 +339,8 @@ def gateway(
             "state_dir": state_dir,
             "learning": {"interval_s": 0},
             **sections,
+            # Else the teacher is asked twice now and then: chance has no place where its calls are counted.
+            "task_defaults": {"noise_rate": 0.0, **sections.get("task_defaults", {})},
             "teacher": {
                 "base_url": f"{base_url}/v1",
                 "api_key_env": "TEACHER_KEY",
@@ -394,7 +396,12 @@ def serving(tmp_path: Path) -> Iterator[Callable[..., RunningCommand]]:
             child = subprocess.Popen(
                 [sys.executable, "-m", "understudy", "serve", "--port", "0", *options],
                 cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **(env or {})},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, path)),
+                    "UNDERSTUDY_TASK_DEFAULTS__NOISE_RATE": "0",  # as in `gateway`
+                    **(env or {}),
+                },
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,

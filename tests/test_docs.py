@@ -156,6 +156,7 @@ def exposed() -> Iterator[tuple[str, set[str]]]:
     metrics.record_spared("t", 0.25)
     metrics.record_hedge("t", "used")
     metrics.record_audit("t", True, 0.1)
+    metrics.record_repeat("t", True, 0.001, None)
     metrics.record_logged("t")
     metrics.record_lost("t")
     metrics.record_late("t")

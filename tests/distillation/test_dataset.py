@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from distillation.dataset import Row, build_dataset, known_answers, token_estimate
+from routers.noise import Noise
 from serving.agreement import comparison
 from serving.exchange import Exchange, Json, StudentAnswer, TeacherAnswer
 from serving.settings import AgreementChoice
@@ -261,3 +262,22 @@ class TestTokenEstimate:
     def test_unknown_usage_is_left_out(self) -> None:
         rows = self.rows(lambda n: None if n % 2 else 50 + n, range(100))
         assert token_estimate(rows).fixed == pytest.approx(50.0)
+
+
+def test_a_second_answer_says_how_steady_the_teacher_is_and_labels_nothing() -> None:
+    day0: dict[str, Any] = {"release": None, "reason": "no_release", "student": None}
+    pairs = [
+        exchange("a", repeat=teacher(), **day0),
+        exchange("b", repeat=teacher("late"), **day0),
+        exchange("c", **day0),
+        exchange("d", repeat=teacher("late"), redacted=["teacher"], **day0),
+        exchange("e", repeat=teacher("late")),
+        exchange("f", repeat=teacher("late"), eligible=False, **day0),
+    ]
+    dataset = build_dataset(pairs, EXACT)
+    assert [row.steady for row in dataset.rows] == [True, False, None, None, None]
+    assert dataset.noise == Noise(2, 1)
+    assert [row.answer for row in dataset.rows[:3]] == ["lost"] * 3
+    near = comparison(AgreementChoice(kind="numeric", tolerance=0.1))
+    close = exchange("n", teacher=teacher("100"), repeat=teacher("101"), **day0)
+    assert build_dataset([close], near).noise == Noise(1, 0), "by the task's comparison"

@@ -378,9 +378,8 @@ class TestDamage:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        journal = state / "tasks" / "intents" / "looks.jsonl"
         deadline = time.monotonic() + 60
-        while not journal.exists():
+        while not looks(state):  # the file is there a moment before its line
             assert child.poll() is None, "it ended before it took a look"
             assert time.monotonic() < deadline
             time.sleep(0.005)

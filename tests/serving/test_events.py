@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.events import Fold, answered, audited, cancelled, completed, decode, encode, fold, superseded
+from serving.events import (
+    Fold,
+    answered,
+    audited,
+    cancelled,
+    completed,
+    decode,
+    encode,
+    fold,
+    repeated,
+    superseded,
+)
 from serving.exchange import Exchange, Json, StudentAnswer, TeacherAnswer
 
 CHOICES: list[Json] = [
@@ -258,3 +269,35 @@ def test_checkpoints_come_back_with_nan_for_what_json_has_no_word_for() -> None:
     assert student is not None
     assert math.isnan(student.checkpoints[0]["score"])
     assert student.checkpoints[0]["signals"] == {"q0": -0.5}
+
+
+@given(st.permutations(["answered", "first", "second", "missing", "redacted"]))
+def test_a_repeat_labels_nothing_whatever_the_order(order: list[str]) -> None:
+    original = exchange(teacher=TEACHER, student=None, route="teacher", audit="none")
+    other = dataclasses.replace(TEACHER, choices=[{**CHOICES[0], "message": {"content": "refund"}}])
+    first = repeated("x1", teacher=other, at=2.0)
+    written: dict[str, Json] = {
+        "answered": answered(original),
+        "first": first,
+        "second": dict(first),
+        "missing": repeated("x1", teacher=None, at=3.0),
+        "redacted": {**repeated("x1", teacher=TEACHER, at=2.0), "redacted": ["teacher"]},
+    }
+    folding = Fold()
+    for name in order:
+        event = decode(encode(written[name]))
+        assert event is not None
+        assert folding.add(event) == "taken"
+    (folded,) = folding.exchanges().values()
+    assert folded == dataclasses.replace(original, repeat=other)
+    event = decode(encode(answered(folded)))
+    assert event is not None
+    assert fold([event])["x1"] == folded, "a whole exchange is read as it was written"
+
+
+def test_a_damaged_repeat_is_no_repeat() -> None:
+    for damage in ({"teacher": "lost"}, {"teacher": {"model": 3}}, {"at": "now"}):
+        folding = Fold()
+        folding.add(answered(exchange()))
+        assert folding.add({**repeated("x1", teacher=TEACHER, at=1.0), **damage}) == "damaged"
+        assert folding.exchanges()["x1"].repeat is None
