@@ -38,6 +38,7 @@ _LATE = ("audited", "superseded", "cancelled")
 _TEACHER = b'"teacher":{"model":"'
 _NO_TEACHER = b'"teacher":null,"student":'
 _ROUTE = b'"route":"'
+_FORCED = b'teacher","reason":"forced"'
 _MODEL = re.compile(rb'"teacher":\{"model":"([^"\\]{1,200})"')
 _FINGERPRINT = re.compile(rb'"system_fingerprint":"([^"\\]{1,200})"')
 
@@ -124,8 +125,10 @@ class Digest:
             return
         route = line.rfind(_ROUTE, 0, place) + len(_ROUTE)
         model = _MODEL.match(line, place) if place >= 0 else None
-        if model is None or line.startswith(b"cache", route):
-            return  # a replayed answer says who the teacher was then
+        # A replayed answer says who the teacher was then. Who forces the teacher may ask for another than the task's, and
+        # that is nothing the promise speaks of.
+        if model is None or line.startswith((b"cache", _FORCED), route):
+            return
         fingerprint = None
         for found in _FINGERPRINT.finditer(line, place):
             fingerprint = _text(found[1])

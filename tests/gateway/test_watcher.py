@@ -291,6 +291,23 @@ def test_another_teacher_suspends_the_release(live: Start, tmp_path: Path) -> No
     assert now.release == "r0001", "who makes it live again takes the names for one teacher's"
 
 
+def test_who_forces_another_teacher_suspends_nothing(live: Start, tmp_path: Path) -> None:
+    """A client that tries out another model under the task's name says nothing of the task's teacher."""
+    written = live(teacher_models={"big": 90})
+    looking = watcher(tmp_path)
+    written.escalate("big", count=3)
+    written.escalate("small", count=40, reason="forced", eligible=False)
+    looking.look()
+    now = ReleaseStore(tmp_path).live("t")
+    assert now is not None
+    assert now.release == "r0001"
+    written.escalate("small", count=20)
+    looking.look()
+    now = ReleaseStore(tmp_path).live("t")
+    assert now is not None
+    assert now.release is None
+
+
 def test_another_fingerprint_begins_the_watch_anew(
     live: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
