@@ -203,7 +203,9 @@ def _seen(known: Mapping[str, float], sightings: Mapping[str, Sequence[float]]) 
 
 
 def _said_of_audits(watch: Watch, record: WatchRecord) -> str:
-    since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(record.since)) if record.since else "it was promoted"
+    since = (
+        time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(record.since)) if record.since else "it was promoted"
+    )
     limit = 1.0 / (1.0 - watch.certainty)
     return (
         f"{watch.disagreements} of {watch.audits} audits disagreed ({watch.disagreements / watch.audits:.1%}), and "
