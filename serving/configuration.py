@@ -35,7 +35,7 @@ _WORDS = {
     "timezone_aware": "should name its time zone, as in 2026-10-01T00:00:00Z",
 }
 """What pydantic says of its parser, in words about the value."""
-_SHARES = ("max_disagreement", "certainty", "audit_rate", "skip_at_most")
+_SHARES = ("max_disagreement", "certainty", "audit_rate", "noise_rate", "skip_at_most")
 """Keys that are taken for percentages."""
 
 
