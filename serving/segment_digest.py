@@ -125,8 +125,8 @@ class Digest:
             return
         route = line.rfind(_ROUTE, 0, place) + len(_ROUTE)
         model = _MODEL.match(line, place) if place >= 0 else None
-        # A replayed answer says who the teacher was then. Who forces the teacher may ask for another than the task's, and
-        # that is nothing the promise speaks of.
+        # A replayed answer says who the teacher was then. Who forces the teacher may ask for another than the task's,
+        # and that is nothing the promise speaks of.
         if model is None or line.startswith((b"cache", _FORCED), route):
             return
         fingerprint = None
