@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+from distillation.teachers import requested_of, teacher_since
 from routers.noise import Noise
 from serving import sight
 from serving.agreement import Comparison, comparison
@@ -70,11 +71,15 @@ class Traffic:
 
 @dataclass(slots=True)
 class Dataset:
-    """What the log says about one task. `left_out` counts exchanges that aren't used, by why."""
+    """What the log says about one task. `left_out` counts exchanges that aren't used, by why.
+
+    `teacher_since` is when the teacher last changed, in seconds since the epoch; 0: it never did.
+    """
 
     rows: list[Row] = field(default_factory=list)
     traffic: dict[str | None, Traffic] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
+    teacher_since: float = 0.0
 
     @property
     def answers(self) -> list[str]:
@@ -91,7 +96,7 @@ class Dataset:
         rows = [row for row in self.rows if row.release != release]
         traffic = {key: value for key, value in self.traffic.items() if key != release}
         left_out = self.left_out + Counter({"release is gone": len(self.rows) - len(rows)})
-        return Dataset(rows, traffic, left_out)
+        return Dataset(rows, traffic, left_out, self.teacher_since)
 
 
 def build_dataset(
@@ -107,19 +112,24 @@ def build_dataset(
     `sees` is what the student to be sees of a request. What it can't serve for that is left out, and what only an
     earlier student couldn't serve isn't: the teacher answered it for certain. A student that sees all of a request says
     what is `unsupported` itself. One that was trained elsewhere on the log, up to `trained_until` (seconds since the
-    epoch), has nothing to do with what came before: neither labels nor traffic.
+    epoch), has nothing to do with what came before: neither labels nor traffic. The same goes for what came before the
+    teacher changed (distillation/teachers.py).
 
     Nothing after the oldest audit that is still owed is used: leaving out just the audits that are under way would
     make audited traffic look rarer than it is. One owed for longer than an hour is missing.
     """
     ordered = list(exchanges)
     stale = ordered[-1].created - STALE_AUDIT_S if ordered else 0.0
-    dataset = Dataset()
+    changed = teacher_since(ordered)
+    dataset = Dataset(teacher_since=max(changed.values(), default=0.0))
     waiting = False
     feature_of = partial(sight.unsupported, sees=sees) if unsupported is None else unsupported
     for exchange in ordered:
         if exchange.created <= trained_until:
             dataset.left_out["the student was trained on it"] += 1
+            continue
+        if changed and exchange.created < changed.get(requested_of(exchange.request), -math.inf):
+            dataset.left_out["the teacher has changed since"] += 1
             continue
         owed = exchange.audit == "pending" and _unusable(exchange, feature_of) is None
         waiting = waiting or (owed and exchange.created >= stale)

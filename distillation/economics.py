@@ -109,7 +109,7 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
         cost_usd=sum(cost_of(e) for e in read.exchanges) + read.unanswered_usd,
         teacher_cost_usd=sum(prices) / len(prices) if prices else None,
         release=live.release if live is not None else None,
-        outlook=_outlook(settings, task, policy, dataset, fence),
+        outlook=_outlook(settings, task, policy, dataset, max(fence, dataset.teacher_since)),
         damaged_lines=read.damaged,
         unpriced=sum(
             _paid_for(e) and e.teacher.cost_usd is None for e in read.exchanges if e.teacher is not None

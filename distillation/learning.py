@@ -108,6 +108,8 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         fence = live.fence if live is not None else 0.0
         exchanges = came_after(reader.exchanges(task).exchanges, fence)
         dataset = kind.dataset(exchanges)
+        # Labels of another teacher are none, so that looks begin as they do after a withdrawal.
+        fence = max(fence, dataset.teacher_since)
         candidates = CandidateFile(settings.state_dir, task)
         betting = policy.admission == "e-process"
         candidate = candidates.read(policy) if betting else None
@@ -131,6 +133,9 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
             message = waiting.message + when
             if live is not None and live.release is None and live.withdrawals:
                 message += f". {withdrawal_line(live.withdrawals[-1])}; only labels from then on count"
+            elif dataset.teacher_since:
+                day = time.strftime("%Y-%m-%d", time.gmtime(dataset.teacher_since))
+                message += f". The teacher has changed on {day}: only labels from then on count"
             return Lesson(task, outcome, message, labels, waiting.needed)
         if betting:
             last = max(one.created for one in exchanges)

@@ -9,6 +9,7 @@ from distillation.dataset import Dataset
 from distillation.gate import Look
 from distillation.outlook import labels_per_hour, shortfalls
 from distillation.past import Past
+from distillation.teachers import requested_of
 from routers.evalues import betting_tail
 from routers.looks import spent, unseen_chance
 from routers.promise import binomial_tail
@@ -32,6 +33,10 @@ def report_card(look: Look[Past], dataset: Dataset, policy: TaskPolicy, *, relea
     if policy.admission == "e-process":
         next_delta, p_value = look.delta, betting_tail  # the same bets go on
     standings = Counter(one.standing for one in verdict.slices)
+    by_request: dict[str, Counter[str]] = {}
+    for row in dataset.rows:
+        if row.teacher_model is not None and row.request is not None:
+            by_request.setdefault(requested_of(row.request), Counter())[row.teacher_model] += 1
     models = Counter(row.teacher_model for row in dataset.rows if row.teacher_model is not None)
     return {
         "student": policy.student.kind,
@@ -75,6 +80,7 @@ def report_card(look: Look[Past], dataset: Dataset, policy: TaskPolicy, *, relea
         "slices": [asdict(one) for one in verdict.slices[:_MOST_SLICES]],
         "standings": {standing: standings[standing] for standing in ("vetoed", "unproven", "shown")},
         "teacher_models": dict(models),
+        "teacher_models_by_request": {name: dict(counted) for name, counted in by_request.items()},
         "teacher_noise": {**asdict(dataset.noise), "at_least": dataset.noise.floor(policy.certainty)},
         "left_out": dict(dataset.left_out),
         "releases": releases,

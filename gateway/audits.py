@@ -232,8 +232,16 @@ class Audits:
         agreed = None
         if answer is not None and exchange.student is not None:
             agreed = self._tasks.comparison(exchange.task).agree(exchange.student.choices, answer.choices)
+        requested = exchange.request.get("model")
         self._ledger.later(
-            exchange.task, events.audited(exchange.id, teacher=answer, agreement=agreed, at=time.time())
+            exchange.task,
+            events.audited(
+                exchange.id,
+                teacher=answer,
+                agreement=agreed,
+                at=time.time(),
+                requested=requested if isinstance(requested, str) else None,
+            ),
         )
         self._metrics.record_audit(
             exchange.task,

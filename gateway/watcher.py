@@ -20,13 +20,17 @@ from serving.audit_index import AuditIndex
 from serving.audit_trail import AGREED, SIGHTINGS, Audited
 from serving.disk import Disk
 from serving.errors import DamagedRelease, UnderstudyError
+from serving.exchange import Json
 from serving.layout import task_names
 from serving.live import Cause, Live
 from serving.releases import ReleaseStore
 from serving.settings import TaskPolicy
-from serving.watch_record import LATE_S, WatchRecord, read_watch_record, write_watch_record
+from serving.watch_record import ANY, LATE_S, Names, WatchRecord, read_watch_record, write_watch_record
 
 log = logging.getLogger("understudy.watch")
+
+_MOST_ASKED_FOR = 200
+"""Models asked for that are followed: a client may make them up."""
 
 
 class Watcher:
@@ -78,7 +82,7 @@ class Watcher:
         )
         renamed = other_name(trail.models, record.models, record.since)
         if renamed is not None:
-            self._withdraw(task, live, "teacher_changed", _said_of_teacher(renamed, record))
+            self._withdraw(task, live, "teacher_changed", _said_of_teacher(*renamed, record))
             return
         fingerprint = other_name(trail.fingerprints, record.fingerprints, record.since)
         if fingerprint is not None:
@@ -86,15 +90,13 @@ class Watcher:
                 "task %s: the teacher's system_fingerprint is %s now; the watch of %s begins anew (after %d audits, of "
                 "which %d disagreed)",
                 task,
-                fingerprint,
+                fingerprint[1],
                 live.release,
                 watch.audits,
                 watch.disagreements,
             )
             watch = Watch(watch.max_disagreement, watch.certainty)
-            record = replace(
-                record, fingerprints=_seen(dict.fromkeys(trail.fingerprints, 0.0), trail.fingerprints)
-            )
+            record = replace(record, fingerprints=_seen({}, trail.fingerprints))
         record, fed = feed(watch, record, trail.audited.values(), time.time())
         if fed or fingerprint is not None or not before.watch:
             record = replace(record, watch=watch.to_json()).without_old()
@@ -122,11 +124,11 @@ class Watcher:
         before = live.withdrawn(release)
         # Who makes it live although the teacher has another name takes the names there are for the same teacher.
         accepted = before is not None and before.cause == "teacher_changed"
-        models = {} if accepted else card.get("teacher_models", {})
+        models = {} if accepted else _learned_from(card, live.since)
         watch = Watch(alpha, certainty)
         log.info("task %s: watching release %s: at most %.1f %% may disagree", task, release, 100 * alpha)
         self._metrics.record_watched(task)
-        return WatchRecord(release, live.since, {}, models=dict.fromkeys(models, live.since)), watch
+        return WatchRecord(release, live.since, {}, models=models), watch
 
     def _withdraw(self, task: str, live: Live, cause: Cause, said: str) -> None:
         if self._store.withdraw(task, live, cause, said) is None:
@@ -178,9 +180,22 @@ def feed(watch: Watch, record: WatchRecord, audits: Iterable[Audited], now: floa
 
 
 def other_name(
+    sightings: Mapping[str, Mapping[str, Sequence[float]]],
+    known: Mapping[str, Mapping[str, float]],
+    since: float,
+) -> tuple[str, str] | None:
+    """A model that clients ask for and the name that answers it now, if it isn't one it is known by; else None."""
+    for requested, names in sightings.items():
+        name = _other_name(names, known.get(requested, {}), since)
+        if name is not None:
+            return requested, name
+    return None
+
+
+def _other_name(
     sightings: Mapping[str, Sequence[float]], known: Mapping[str, float], since: float
 ) -> str | None:
-    """The name under which the teacher answers now, if it isn't one it is known by; else None.
+    """The same for one model that is asked for.
 
     Only after `SIGHTINGS` answers without a known one between them: a new version is often tried on a part of the
     traffic, and comes and goes. `known` says when it last answered under each.
@@ -196,10 +211,27 @@ def other_name(
     return max(new)[1] if len(new) >= SIGHTINGS else None
 
 
-def _seen(known: Mapping[str, float], sightings: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Known names with the times of their last sightings. Where none is known yet, all that were seen become it."""
+def _seen(known: Names, sightings: Mapping[str, Mapping[str, Sequence[float]]]) -> Names:
+    """Known names with the times of their last sightings.
+
+    Of a model for which none is known yet, all that were seen become it: a client that asks for another one changes no
+    teacher.
+    """
+    asked_for = sightings.keys() if len(known) < _MOST_ASKED_FOR else known.keys() & sightings.keys()
+    return known | {
+        one: _seen_of(known.get(one) or known.get(ANY), sightings[one]) for one in asked_for if one != ANY
+    }
+
+
+def _seen_of(known: Mapping[str, float] | None, sightings: Mapping[str, Sequence[float]]) -> dict[str, float]:
     names = known or dict.fromkeys(sightings, 0.0)
     return {name: max(at, *sightings.get(name, ()), at) for name, at in names.items()}
+
+
+def _learned_from(card: Json, since: float) -> Names:
+    """The names of the teacher that a release was learned from; its card may be of before they were told apart."""
+    by_request = card.get("teacher_models_by_request") or {ANY: card.get("teacher_models", {})}
+    return {requested: dict.fromkeys(names, since) for requested, names in by_request.items() if names}
 
 
 def _said_of_audits(watch: Watch, record: WatchRecord) -> str:
@@ -214,6 +246,9 @@ def _said_of_audits(watch: Watch, record: WatchRecord) -> str:
     )
 
 
-def _said_of_teacher(renamed: str, record: WatchRecord) -> str:
-    known = ", ".join(sorted(record.models))
-    return f"its teacher answered as {known}, and now answers as {renamed}, {SIGHTINGS} times in a row"
+def _said_of_teacher(requested: str, renamed: str, record: WatchRecord) -> str:
+    known = ", ".join(sorted(record.models[requested]))
+    return (
+        f"its teacher, asked for {requested}, answered as {known}, and now answers as {renamed}, "
+        f"{SIGHTINGS} times in a row"
+    )

@@ -16,7 +16,14 @@ MISSING, DISAGREED, AGREED = -1, 0, 1
 SIGHTINGS = 20
 """Of how many of a teacher's latest answers the times are kept, for each name it gave itself."""
 _MOST_NAMES = 50
-"""Names of one kind that a segment keeps: a server that makes up a new one each time isn't followed."""
+"""Names of one kind that a segment keeps: a server that makes up a new one each time isn't followed. Of the models that
+were asked for, the latest: a client may make them up."""
+
+Sightings = dict[str, dict[str, list[float]]]
+"""By the model that clients asked for: when the teacher last answered under each name.
+
+Which model answers is compared within what was asked for: a client that asks for another one changes no teacher.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +43,14 @@ class Trail:
 
     `audited` are by id; `outcomes` those of audits whose exchange may lie in another part; `void` are exchanges that
     count for nothing, superseded by a retry or given up by their clients. `models` and `fingerprints` hold when the
-    teacher last answered under each name.
+    teacher last answered under each name, by the model that was asked for.
     """
 
     audited: dict[str, Audited] = field(default_factory=dict)
     outcomes: dict[str, int] = field(default_factory=dict)
     void: set[str] = field(default_factory=set)
-    models: dict[str, list[float]] = field(default_factory=dict)
-    fingerprints: dict[str, list[float]] = field(default_factory=dict)
+    models: Sightings = field(default_factory=dict)
+    fingerprints: Sightings = field(default_factory=dict)
 
     def take_answered(self, event: Json, release: str) -> None:
         """Take in an exchange that the coin picked, and that `release` answered."""
@@ -63,11 +70,11 @@ class Trail:
         if self.outcomes.get(id, MISSING) == MISSING:
             self.outcomes[id] = outcome
 
-    def take_teacher(self, at: float, model: str, fingerprint: str | None) -> None:
-        """Take in that the teacher answered, and the names it gave itself."""
-        _sight(self.models, model, [at])
+    def take_teacher(self, at: float, requested: str, model: str, fingerprint: str | None) -> None:
+        """Take in that the teacher answered who had asked for `requested`, and the names it gave itself."""
+        _sight(self.models, requested, model, [at])
         if fingerprint is not None:
-            _sight(self.fingerprints, fingerprint, [at])
+            _sight(self.fingerprints, requested, fingerprint, [at])
 
     def to_json(self) -> Json:
         """The trail as plain JSON."""
@@ -101,10 +108,10 @@ def put_together(trails: Iterable[Trail]) -> Trail:
         for id, outcome in part.outcomes.items():
             if whole.outcomes.get(id, MISSING) == MISSING:
                 whole.outcomes[id] = outcome
-        for name, times in part.models.items():
-            _sight(whole.models, name, times)
-        for name, times in part.fingerprints.items():
-            _sight(whole.fingerprints, name, times)
+        for mine, theirs in ((whole.models, part.models), (whole.fingerprints, part.fingerprints)):
+            for requested, names in theirs.items():
+                for name, times in names.items():
+                    _sight(mine, requested, name, times)
     for part in parts:
         for id, one in part.audited.items():
             if id not in whole.void:
@@ -112,7 +119,10 @@ def put_together(trails: Iterable[Trail]) -> Trail:
     return whole
 
 
-def _sight(names: dict[str, list[float]], name: str, times: list[float]) -> None:
+def _sight(sightings: Sightings, requested: str, name: str, times: list[float]) -> None:
+    if requested not in sightings and len(sightings) >= _MOST_NAMES:
+        del sightings[min(sightings, key=lambda one: max(max(seen) for seen in sightings[one].values()))]
+    names = sightings.setdefault(requested, {})
     if name not in names and len(names) >= _MOST_NAMES:
         return
     names[name] = sorted([*names.get(name, []), *times])[-SIGHTINGS:]

@@ -5,7 +5,8 @@
 Kinds (the event's own field `event`):
 
 - `answered`: every field of an Exchange; what is known when the client has its answer.
-- `audited`: `id`, `teacher` (the answer fetched afterwards, or null: it is missing), `agreement`, `at`.
+- `audited`: `id`, `teacher` (the answer fetched afterwards, or null: it is missing), `agreement`, `requested`
+  (the model that the request asks for), `at`.
 - `repeated`: `id`, `teacher` (what it said when it was asked the same once more, or null: it gave no answer), `at`. It
   labels nothing: it says whether the teacher agrees with itself.
 - `superseded`: `id`, `by` (the id of the retry that replaces it), `at`.
@@ -67,10 +68,12 @@ def answered(exchange: Exchange) -> Json:
     return event
 
 
-def audited(id: str, *, teacher: TeacherAnswer | None, agreement: bool | None, at: float) -> Json:
+def audited(
+    id: str, *, teacher: TeacherAnswer | None, agreement: bool | None, at: float, requested: str | None = None
+) -> Json:
     """The event of an audit's end: the teacher's answer, or None when it could not be had.
 
-    `at`: seconds since the epoch.
+    `at`: seconds since the epoch. `requested`: the model that the request asks for.
     """
     answer = None if teacher is None else _plain(teacher, TEACHER_FIELDS)
     return {
@@ -79,6 +82,7 @@ def audited(id: str, *, teacher: TeacherAnswer | None, agreement: bool | None, a
         "id": id,
         "teacher": answer,
         "agreement": agreement,
+        "requested": requested,
         "at": at,
     }
 
@@ -325,6 +329,7 @@ _LATE_TYPES: _Types = {
     "id": (str,),
     "teacher": (dict, _NONE),
     "agreement": (bool, _NONE),
+    "requested": (str, _NONE),
     "by": (str,),
     "at": _NUMBER,
     "redacted": (list,),

@@ -281,7 +281,7 @@ class Redactor:
 
     def _event(self, event: Json) -> Json:
         changed: dict[str, Any] = {}
-        for part in ("request", "request_id", "teacher", "student"):
+        for part in ("request", "request_id", "requested", "teacher", "student"):
             before = event.get(part)
             after: Any = before
             if part in ("teacher", "student") and isinstance(before, dict):

@@ -25,7 +25,7 @@ from serving.events import decode
 from serving.exchange import SCHEMA, Json
 
 DIGEST_SUFFIX = ".digest"
-_VERSION = 2
+_VERSION = 3
 _WORTH_KEEPING_BYTES = 1 << 20
 """A smaller segment is read as fast as its digest is found."""
 
@@ -39,6 +39,9 @@ _TEACHER = b'"teacher":{"model":"'
 _NO_TEACHER = b'"teacher":null,"student":'
 _ROUTE = b'"route":"'
 _FORCED = b'teacher","reason":"forced"'
+_REQUEST = b',"request":{'
+_ANY_MODEL = b'"model":'
+_REQUESTED = re.compile(rb'"model":("(?:[^"\\]|\\.){1,200}")')
 _MODEL = re.compile(rb'"teacher":\{"model":"([^"\\]{1,200})"')
 _FINGERPRINT = re.compile(rb'"system_fingerprint":"([^"\\]{1,200})"')
 
@@ -112,11 +115,12 @@ class Digest:
             self.trail.void.add(id)
             return
         self.trail.take_outcome(event)
-        if isinstance(at := event.get("at"), int | float):
-            self._see_teacher(line, float(at))
+        at, requested = event.get("at"), event.get("requested")
+        if isinstance(at, int | float) and isinstance(requested, str):
+            self._see_teacher(line, float(at), requested)
 
-    def _see_teacher(self, line: bytes, at: float) -> None:
-        """Note which teacher answered.
+    def _see_teacher(self, line: bytes, at: float, requested: str | None = None) -> None:
+        """Note which teacher answered who had asked for `requested` (None: the line says so).
 
         Of what looks like its name the last is the one: what the client wrote stands before it.
         """
@@ -132,7 +136,26 @@ class Digest:
         fingerprint = None
         for found in _FINGERPRINT.finditer(line, place):
             fingerprint = _text(found[1])
-        self.trail.take_teacher(at, _text(model[1]), fingerprint)
+        asked_for = _requested(line, route) if requested is None else requested
+        if asked_for is not None:
+            self.trail.take_teacher(at, asked_for, _text(model[1]), fingerprint)
+
+
+def _requested(line: bytes, end: int) -> str | None:
+    """The model that the request before `end` asks for; None where it names none.
+
+    What looks like its name stands there once, or more than once if the request has such keys deeper down.
+    """
+    begin = line.find(_REQUEST, 0, end)
+    if begin < 0:
+        return None
+    if line.count(_ANY_MODEL, begin, end) > 1:
+        request = (decode(line) or {}).get("request")
+        model = request.get("model") if isinstance(request, dict) else None
+    else:
+        found = _REQUESTED.search(line, begin, end)
+        model = None if found is None else orjson.loads(found[1])
+    return model if isinstance(model, str) else None
 
 
 def _text(name: bytes) -> str:

@@ -16,7 +16,14 @@ from serving.disk import Disk
 from serving.exchange import Json
 from serving.layout import task_directory
 
-SCHEMA = 1
+SCHEMA = 2
+ANY = "*"
+"""Stands for every model that may be asked for, where it isn't known which names answered which: in files of schema 1,
+and of releases from before. A model that is really called so isn't followed."""
+
+Names = dict[str, dict[str, float]]
+"""By the model that clients asked for: the names that the teacher is known by, and when it last answered under each."""
+
 LATE_S = 3600.0
 """An audit that is older by this than the newest one counted can't come any more: it would have counted as missing."""
 _FILE = "watch.json"
@@ -28,7 +35,7 @@ class WatchRecord:
 
     `watch` is `routers.watch.Watch` as JSON. `counted` holds the audits taken in, id → when their request came, as far
     back as one might still come late. `answers` is about how many answers of the release they stand for. `models` and
-    `fingerprints` are the names that the teacher is known by, and when it last answered under each.
+    `fingerprints` are the names that the teacher is known by.
     """
 
     release: str
@@ -36,8 +43,8 @@ class WatchRecord:
     watch: Json
     counted: dict[str, float] = field(default_factory=dict)
     answers: float = 0.0
-    models: dict[str, float] = field(default_factory=dict)
-    fingerprints: dict[str, float] = field(default_factory=dict)
+    models: Names = field(default_factory=dict)
+    fingerprints: Names = field(default_factory=dict)
 
     @property
     def until(self) -> float:
@@ -59,16 +66,17 @@ def read_watch_record(state_dir: Path, task: str) -> WatchRecord | None:
     """The record of a task; None if there is none that can be read."""
     try:
         found = orjson.loads((task_directory(state_dir, task) / _FILE).read_bytes())
-        if found["schema"] != SCHEMA:
+        if found["schema"] not in (1, SCHEMA):
             return None
+        names = _names if found["schema"] == SCHEMA else _names_for_any
         record = WatchRecord(
             str(found["release"]),
             float(found["since"]),
             dict(found["watch"]),
             _times(found["counted"]),
             float(found["answers"]),
-            _times(found["models"]),
-            _times(found["fingerprints"]),
+            names(found["models"]),
+            names(found["fingerprints"]),
         )
     except (OSError, AttributeError, KeyError, TypeError, ValueError):
         return None
@@ -77,6 +85,14 @@ def read_watch_record(state_dir: Path, task: str) -> WatchRecord | None:
 
 def _times(found: Json) -> dict[str, float]:
     return {str(name): float(at) for name, at in found.items()}
+
+
+def _names(found: Json) -> Names:
+    return {str(requested): _times(names) for requested, names in found.items()}
+
+
+def _names_for_any(found: Json) -> Names:
+    return {ANY: _times(found)} if found else {}
 
 
 def write_watch_record(state_dir: Path, task: str, record: WatchRecord, disk: Disk) -> None:

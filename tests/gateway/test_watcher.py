@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from gateway.metrics import Metrics
@@ -342,3 +343,70 @@ def test_what_it_can_not_watch_is_said_once(
         looking.look()
         looking.look()
     assert caplog.text.count("can't be watched") == 1
+
+
+def is_live(state_dir: Path) -> bool:
+    now = ReleaseStore(state_dir).live("t")
+    return now is not None and now.release is not None
+
+
+def asking(model: str, **deeper: Any) -> Json:
+    return {"messages": [{"role": "user", "content": '"model":"forged"'}], **deeper, "model": model}
+
+
+def test_a_client_that_asks_for_another_model_changes_no_teacher(live: Start, tmp_path: Path) -> None:
+    written = live(
+        teacher_models={"big-1": 200, "tiny-1": 9},
+        teacher_models_by_request={"big": {"big-1": 200}, "tiny": {"tiny-1": 9}},
+    )
+    looking = watcher(tmp_path)
+    written.escalate("small-1", "fp_7", count=60, request=asking("small"))
+    written.escalate("star-1", count=60, request=asking("*"))
+    for number in range(60):
+        written.escalate("made-up", request=asking(f"made-up-{number}"))
+    looking.look()
+    written.escalate("big-1", count=5, request=asking("big", metadata={"model": "tiny"}))
+    written.escalate("tiny-1", count=20, request=asking("tiny", metadata={"model": "big"}))
+    looking.look()
+    assert is_live(tmp_path)
+    written.escalate("tiny-1", count=20, request=asking("big", metadata={"model": "tiny"}))
+    looking.look()
+    now = ReleaseStore(tmp_path).live("t")
+    assert now is not None
+    assert now.release is None, "what answers `tiny` isn't what answers `big`"
+    assert "asked for big, answered as big-1, and now answers as tiny-1" in now.withdrawals[0].said
+
+
+def test_audits_too_say_who_the_teacher_is(live: Start, tmp_path: Path) -> None:
+    """Where the student answers everything, nothing else does."""
+    written = live(teacher_models_by_request={"m": {"big": 200}})
+    looking = watcher(tmp_path)
+    for requested in ("other", "m"):
+        looking.look()
+        assert is_live(tmp_path)
+        for _ in range(20):
+            one = written.exchange(request={"model": requested, "messages": []})
+            said = audited(
+                one.id, teacher=teacher("big-2"), agreement=True, at=one.created, requested=requested
+            )
+            written.append(answered(one), said)
+    looking.look()
+    assert not is_live(tmp_path)
+
+
+def test_names_of_a_watch_from_before_are_known_whatever_is_asked_for(live: Start, tmp_path: Path) -> None:
+    written = live(teacher_models={"big-1": 200})
+    written.audit(True, False)
+    watcher(tmp_path).look()
+    path = tmp_path / "tasks" / "t" / "watch.json"
+    content = orjson.loads(path.read_bytes())
+    old = {**content, "schema": 1, "models": {"big-1": 1.0, "big-2": 1.0}, "fingerprints": {}}
+    path.write_bytes(orjson.dumps(old))
+    looking = watcher(tmp_path)
+    written.escalate("big-2", count=30)
+    looking.look()
+    assert is_live(tmp_path)
+    assert seen(tmp_path) == (2, 1), "nor is an audit counted twice"
+    written.escalate("big-3", count=20)
+    looking.look()
+    assert not is_live(tmp_path)
