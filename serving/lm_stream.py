@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Self
 
 import orjson
 
+from serving.answer_events import AnswerEvents
 from serving.assembler import Assembler
 from serving.chat import chunks
 from serving.errors import UpstreamBroken, UpstreamError
@@ -19,15 +20,12 @@ from serving.failed_answer import error_in
 from serving.lm_plan import LmPlan
 from serving.logprobs import hide_logprobs, without_logprobs
 from serving.mending import Mender
-from serving.sse import EventParser
 from serving.student import CommitPlan, Piece
 from serving.student_chunk import answer_of
 from serving.tally import Tally
 from serving.teacher_stream import completion_of
 from serving.upstream import MOST_ANSWER_BYTES, UpstreamResponse
 
-_DONE = b"[DONE]"
-_DRAIN_S = 0.1
 _MOST_PIECES_A_TOKEN = 4
 """Without log-probabilities the pieces of an answer are counted, and some servers cut their text finer than tokens."""
 _FEW = 16
@@ -68,16 +66,13 @@ class LmStream:
         self._limit = limit
         self._began = time.perf_counter()
         self._response: UpstreamResponse | None = None
+        self._events: AnswerEvents | None = None
         self._bytes = 0
         # What isn't kept counts as well: a server that streams for ever, whatever it is, comes to an end here.
         self._most_bytes = min(MOST_ANSWER_BYTES, _LEAST_BYTES + _MOST_TOKEN_BYTES * max(limit, 0))
-        self._parser = EventParser()
         self._mender = Mender(model=plan.model)
         self._assembler = Assembler()
-        self._events: deque[bytes] = deque()
         self._ready: deque[Piece] = deque()
-        self._done = False
-        self._ended = False
         self._complete = False
         self._took_s: float | None = None
 
@@ -88,14 +83,16 @@ class LmStream:
         while not self._ready:
             if self._complete:
                 raise StopAsyncIteration
-            if self._response is None:
-                self._response = await self._ask()
-                if _header(self._response, "content-type").startswith("application/json"):
-                    await self._take_whole(self._response)
+            if self._response is None or self._events is None:
+                response = await self._ask()
+                self._response, self._events = response, AnswerEvents(response)
+                if response.header("content-type").startswith("application/json"):
+                    await self._take_whole(response)
+                    self._events.ended = True
                     continue
-            event = await self._next_event(self._response)
+            event = await self._events.next(partial(self._read, self._response))
             if event is None:
-                self._end()
+                self._end(done=self._events.done)
             else:
                 self._take(_read(event))
         return self._ready.popleft()
@@ -127,38 +124,17 @@ class LmStream:
         """Give the connection back after a whole answer; else close it, by which the server learns to stop."""
         if self._took_s is None:
             self._took_s = time.perf_counter() - self._began
-        if self._response is None:
-            return
-        try:
-            if self._complete and not self._ended:
-                async with asyncio.timeout(_DRAIN_S):
-                    while await self._response.read_chunk() is not None:
-                        pass
-        except (TimeoutError, UpstreamError):
-            pass
-        finally:
-            await self._response.aclose()
+        if self._events is not None:
+            await self._events.aclose(whole=self._complete)
 
-    async def _next_event(self, response: UpstreamResponse) -> bytes | None:
-        while not self._events:
-            if self._ended:
-                return None
-            piece = await response.read_chunk()
-            self._bytes += len(piece or b"")
-            if self._bytes > self._most_bytes:
-                raise StudentBroken(
-                    f"the student's answer is longer than {self._most_bytes} bytes, where max_tokens is {self._limit}"
-                )
-            if piece is None:
-                self._ended = True
-                self._events.extend(self._parser.end())
-            else:
-                self._events.extend(self._parser.feed(piece))
-        event = self._events.popleft()
-        if event == _DONE:
-            self._done = True
-            return None
-        return event
+    async def _read(self, response: UpstreamResponse) -> bytes | None:
+        piece = await response.read_chunk()
+        self._bytes += len(piece or b"")
+        if self._bytes > self._most_bytes:
+            raise StudentBroken(
+                f"the student's answer is longer than {self._most_bytes} bytes, where max_tokens is {self._limit}"
+            )
+        return piece
 
     def _take(self, data: Json) -> None:
         try:
@@ -177,8 +153,8 @@ class LmStream:
         hide_logprobs(data["choices"])
         self._ready.append(Piece(data["choices"], reached))
 
-    def _end(self) -> None:
-        if not self._done and not self._assembler.finished:
+    def _end(self, *, done: bool) -> None:
+        if not done and not self._assembler.finished:
             raise StudentBroken("the student's answer ended in its middle")
         for data in self._mender.unfinished(usage=self._assembler.usage, limit=self._limit):
             self._assembler.add(data)
@@ -200,7 +176,6 @@ class LmStream:
             raise StudentBroken(f"the student's answer is no completion ({len(raw)} bytes)") from None
         for data in chunks(completion, include_usage=True):
             self._take(data)
-        self._ended = True
         self._finish()
 
 
@@ -216,7 +191,3 @@ def _read(event: bytes) -> Json:
     if b"error" in event and error_in(data) is not None:
         raise StudentBroken("the student reported an error in the middle of its stream")
     return data
-
-
-def _header(response: UpstreamResponse, name: str) -> str:
-    return next((value for key, value in response.headers if key == name), "")

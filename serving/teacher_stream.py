@@ -10,6 +10,7 @@ from typing import Self
 
 import orjson
 
+from serving.answer_events import AnswerEvents
 from serving.assembler import Assembler
 from serving.chat import chunks, token_limit, wants_continuous_usage
 from serving.errors import UpstreamBroken, UpstreamError, UpstreamTimeout
@@ -17,12 +18,9 @@ from serving.exchange import Json, TeacherAnswer
 from serving.failed_answer import error_in, failure_of
 from serving.logprobs import hide_logprobs, without_logprobs
 from serving.mending import Mender, mend_completion
-from serving.sse import EventParser
 from serving.upstream import MOST_ANSWER_BYTES, Headers, UpstreamResponse
 from serving.wire import forwardable_response
 
-_DONE = b"[DONE]"
-_DRAIN_S = 0.1
 _HELD_AT_MOST = 100
 
 
@@ -80,13 +78,10 @@ class TeacherStream:
         self._begun = False
         self._bytes = 0
         self._keeps_usage = wants_continuous_usage(request)
-        self._parser = EventParser()
         self._mender = Mender(model=request["model"])
-        self._events: deque[bytes] = deque()
+        self._events = AnswerEvents(response)
         self._ready: deque[Chunk] = deque()
         self._usage: Chunk | None = None
-        self._done = False
-        self._ended = False
         self._complete = False
         self._answer: TeacherAnswer | None = None
 
@@ -96,15 +91,14 @@ class TeacherStream:
         Chunks that say nothing yet (a role, a filter's verdict on the prompt) are held until then: as long as
         the client has seen nothing, a failure keeps its status and the request can be repeated.
         """
-        kind = _header(self._response.headers, "content-type")
-        if kind.startswith("application/json"):
+        if self._response.header("content-type").startswith("application/json"):
             await self._take_whole()
             return
         held: list[tuple[bytes, Json]] = []
         begun = False
         try:
             while not begun and len(held) < _HELD_AT_MOST:
-                event = await self._next_event()
+                event = await self._events.next(self._read)
                 if event is None:
                     raise UpstreamBroken("the teacher's stream ended without an answer")
                 data = _read(event)
@@ -125,7 +119,7 @@ class TeacherStream:
             if self._complete:
                 raise StopAsyncIteration
             try:
-                event = await self._next_event()
+                event = await self._events.next(self._read)
                 if event is None:
                     self._end()
                 else:
@@ -157,34 +151,7 @@ class TeacherStream:
 
     async def aclose(self) -> None:
         """Give the connection back after a complete stream, close it otherwise."""
-        try:
-            if self._complete and not self._ended:
-                # After [DONE] only the end of the body is due. Reading it keeps the connection; not for
-                # long, since the client has its answer.
-                async with asyncio.timeout(_DRAIN_S):
-                    while await self._response.read_chunk() is not None:
-                        pass
-        except (TimeoutError, UpstreamBroken):
-            pass
-        finally:
-            await self._response.aclose()
-
-    async def _next_event(self) -> bytes | None:
-        """Return the data of the next event, or None at `[DONE]` and at the end of the body."""
-        while not self._events:
-            if self._ended:
-                return None
-            piece = await self._read()
-            if piece is None:
-                self._ended = True
-                self._events.extend(self._parser.end())
-            else:
-                self._events.extend(self._parser.feed(piece))
-        event = self._events.popleft()
-        if event == _DONE:
-            self._done = True
-            return None
-        return event
+        await self._events.aclose(whole=self._complete)
 
     async def _read(self) -> bytes | None:
         try:
@@ -217,7 +184,7 @@ class TeacherStream:
     def _end(self) -> None:
         """Bring the stream to its end: what is missing of the finish reasons, and the usage."""
         whole = self.assembler
-        if not self._done and not whole.finished:
+        if not self._events.done and not whole.finished:
             raise UpstreamBroken("the teacher's stream ended in the middle of its answer")
         self._complete = True
         for data in self._mender.unfinished(usage=whole.usage, limit=token_limit(self._request)):
@@ -238,7 +205,7 @@ class TeacherStream:
         shown, _ = shown_of(completion, raw, hide=self._hide)
         for data in chunks(shown, include_usage=True):
             self._ready.append(Chunk(data, _written(data), usage_only=not data["choices"]))
-        self._ended = self._complete = True
+        self._events.ended = self._complete = True
 
 
 def completion_of(raw: bytes, headers: Headers, request: Json) -> tuple[Json, bytes]:
@@ -315,7 +282,3 @@ def _written(data: Json) -> bytes:
         return orjson.dumps(data)
     except TypeError:
         raise UpstreamBroken("the teacher's answer is nested too deeply to be written again") from None
-
-
-def _header(headers: Headers, name: str) -> str:
-    return next((value for key, value in headers if key == name), "")

@@ -66,6 +66,10 @@ class UpstreamResponse:
             (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.raw_headers
         ]
 
+    def header(self, name: str) -> str:
+        """The first header of that (lower-case) name; empty if there is none."""
+        return next((value for key, value in self.headers if key == name), "")
+
     async def read(self) -> bytes:
         """Read the rest of the body.
 
