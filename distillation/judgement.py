@@ -22,6 +22,7 @@ from routers.measures import (
     select,
     worst_slices,
 )
+from routers.newton import sigmoid
 from serving.exchange import Json
 
 Floats = NDArray[np.float64]
@@ -138,7 +139,7 @@ def judge(sample: Sample) -> Judgement | None:
     if len(sample.ranks) == 0:
         return None
     agreed, weights = sample.agreed, sample.weights
-    confidence = probabilities(sample.ranks)
+    confidence = sigmoid(sample.ranks)
     served = accept(sample.accepted, agreed, weights)
     student, teacher, quality = agreed.astype(np.float64), np.ones(len(agreed)), "agreement"
     if sample.student_right is not None and sample.teacher_right is not None:
@@ -176,12 +177,6 @@ def judge(sample: Sample) -> Judgement | None:
     )
 
 
-def probabilities(ranks: Floats) -> Floats:
-    """The confidence that each rank stands for, as `routers.confidence.probability` says of one."""
-    behind = np.exp(-np.abs(ranks))
-    return np.where(ranks >= 0, 1.0, behind) / (1.0 + behind)
-
-
 def _worst_answers(sample: Sample) -> list[Slice]:
     told = [
         (place, key) for place, key in enumerate(sample.keys) if key is not None and sample.accepted[place]
@@ -213,7 +208,7 @@ def _levels(sample: Sample) -> list[CoverageLevel]:
         if place >= len(curve.coverage):
             break
         cut = float(curve.threshold[place])
-        threshold = float(probabilities(np.array([cut]))[0])
+        threshold = float(sigmoid(np.array([cut]))[0])
         if levels and levels[-1].threshold == threshold:
             continue
         risk = select(ranks, sample.agreed, cut, sample.weights).risk

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from distillation.dataset import Dataset, dataset_of
-from distillation.past import Past, redoable
+from distillation.past import Past, read_past, redoable
 from routers.foresight_fit import Stakes
 from serving.errors import UnderstudyError
 from serving.exchange import Exchange, Json
@@ -76,7 +77,8 @@ class LinearKind:
         self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress
     ) -> tuple[Mapping[str, Past], Dataset]:
         """The releases on disk; the traffic of those that can't be redone is left out."""
-        return redoable(self._store, self._policy.name, dataset, progress)
+        read = partial(read_past, self._store, self._policy.name)
+        return redoable(read, self._policy.name, dataset, progress)
 
     def seconds(self, exchanges: Sequence[Exchange]) -> list[float]:
         """By the log."""

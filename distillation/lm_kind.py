@@ -22,7 +22,7 @@ from distillation.dataset import Dataset, Row, dataset_of
 from distillation.kind import Progress, StudentSilent
 from distillation.lm_release import Answered, LmRelease, is_streamed, read_lm_release, stopping, student_id
 from distillation.named_answers import answer_terms
-from distillation.past import Past, read_past
+from distillation.past import Past, read_past, redoable
 from distillation.refused import Refused
 from distillation.scored import Scored
 from routers.foresight_fit import Stakes
@@ -82,14 +82,7 @@ class LmKind:
                 f"{self._plan.model} at student.base_url gives no log-probabilities, and without them nothing tells "
                 "how sure it is; use a server that gives them (logprobs), such as vLLM, or set student.samples"
             )
-        past: dict[str, Past] = {}
-        for name in [name for name in dataset.traffic if name is not None]:
-            try:
-                past[name] = self._read(name, own)
-            except (DamagedRelease, UnknownRelease) as error:
-                progress(f"{self._policy.name}: leaving out the traffic of release {name}: {error}")
-                dataset = dataset.without_period(name)
-        return past, dataset
+        return redoable(lambda name: self._read(name, own), self._policy.name, dataset, progress)
 
     def seconds(self, exchanges: Sequence[Exchange]) -> list[float]:
         """By its answers to the rows, whether it gave them then or was asked now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import orjson
@@ -21,6 +21,8 @@ from serving.releases import HELD_OUT_FILE, ReleaseStore
 from serving.sight import seen_text, unsupported
 
 ROUTER_FILE = "router.json"
+
+P = TypeVar("P", bound="Past")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +152,16 @@ def past_of(files: Mapping[str, bytes], what: str) -> PastRelease:
 
 
 def redoable(
-    store: ReleaseStore, task: str, dataset: Dataset, progress: Callable[[str], None]
-) -> tuple[dict[str, PastRelease], Dataset]:
-    """The releases the traffic met, and the dataset without the traffic of those that can't be read any more."""
-    past: dict[str, PastRelease] = {}
+    read: Callable[[str], P], task: str, dataset: Dataset, progress: Callable[[str], None]
+) -> tuple[dict[str, P], Dataset]:
+    """The releases the traffic met, and the dataset without the traffic of those that can't be read any more.
+
+    `read` gives a release by its name; it raises UnknownRelease or DamagedRelease.
+    """
+    past: dict[str, P] = {}
     for name in [name for name in dataset.traffic if name is not None]:
         try:
-            past[name] = read_past(store, task, name)
+            past[name] = read(name)
         except (DamagedRelease, UnknownRelease) as error:
             progress(f"{task}: leaving out the traffic of release {name}: {error}")
             dataset = dataset.without_period(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -48,7 +49,7 @@ class LinearSource:
         self, dataset: Dataset, exchanges: Sequence[Exchange], note: Callable[[str], None]
     ) -> tuple[Past, Mapping[str, Past]]:
         """The release, and those that the dataset's traffic met as far as they can be read; `note` hears of others."""
-        return self.past, redoable(self._store, self._task, dataset, note)[0]
+        return self.past, redoable(partial(read_past, self._store, self._task), self._task, dataset, note)[0]
 
 
 class LabelSource(Protocol):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from routers.promise import Admission, Level
+from routers.promise import Admission, Level, check_terms
 from routers.shortfall import MOST, labels_short
 
 Floats = NDArray[np.float64]
@@ -64,9 +64,7 @@ class BettingPromise:
     """
 
     def __init__(self, max_disagreement: float, certainty: float) -> None:
-        for name, value in (("max_disagreement", max_disagreement), ("certainty", certainty)):
-            if not 0.0 < value < 1.0:
-                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        check_terms(max_disagreement, certainty)
         self.max_disagreement = max_disagreement
         self.certainty = certainty
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import orjson
 
+from routers.confidence import probability
 from serving.errors import DamagedRelease
 from serving.exchange import Json
 
@@ -94,8 +95,7 @@ class Foresight:
 
     def escalation(self, text: str) -> float:
         """The probability that the router won't accept the student's answer to this text."""
-        z = -(self.slope * self.foreseen(text) + self.offset)
-        return 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
+        return probability(-(self.slope * self.foreseen(text) + self.offset))
 
     def skips(self, text: str) -> bool:
         """Whether to leave the student unasked."""

@@ -54,9 +54,7 @@ class Promise:
     """
 
     def __init__(self, max_disagreement: float, certainty: float, *, seed: int = 0) -> None:
-        for name, value in (("max_disagreement", max_disagreement), ("certainty", certainty)):
-            if not 0.0 < value < 1.0:
-                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        check_terms(max_disagreement, certainty)
         self.max_disagreement = max_disagreement
         self.certainty = certainty
         self.seed = seed
@@ -159,6 +157,13 @@ class Promise:
             return np.ones(len(chances), dtype=np.bool_)
         kept: Bools = np.random.default_rng(self.seed).random(len(chances)) < least / chances
         return kept
+
+
+def check_terms(max_disagreement: float, certainty: float) -> None:
+    """Raise ValueError for an α or a certainty that isn't in (0, 1)."""
+    for name, value in (("max_disagreement", max_disagreement), ("certainty", certainty)):
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"{name} must lie between 0 and 1, got {value}")
 
 
 def binomial_tail(disagreements: int, accepted: int, alpha: float) -> float:

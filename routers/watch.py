@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 from typing import Self
 
+from routers.promise import check_terms
 from serving.exchange import Json
 
 _MEMORY = 5.0
@@ -56,9 +57,7 @@ class Watch:
     """
 
     def __init__(self, max_disagreement: float, certainty: float) -> None:
-        for name, value in (("max_disagreement", max_disagreement), ("certainty", certainty)):
-            if not 0.0 < value < 1.0:
-                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        check_terms(max_disagreement, certainty)
         self.max_disagreement = max_disagreement
         self.certainty = certainty
         self._state = WatchState()
