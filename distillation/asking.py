@@ -14,8 +14,8 @@ from distillation.dataset import Row
 from distillation.kind import StudentSilent
 from serving.errors import UnderstudyError
 from serving.exchange import StudentAnswer
-from serving.lm_stream import StudentRefused
 from serving.student import Student
+from serving.student_server import StudentRefused
 
 AT_ONCE = 16
 """Requests that are at the student's server at once: it serves clients meanwhile."""

@@ -18,8 +18,8 @@ from routers.foresight import last_text
 from routers.router import Decision
 from serving.errors import RequestError, UpstreamError
 from serving.guarded_student import StudentUnavailable
-from serving.lm_stream import StudentRefused
 from serving.student import StudentStream
+from serving.student_server import StudentRefused
 
 log = logging.getLogger("understudy.pipeline")
 

@@ -23,7 +23,7 @@ UnderstudyError
     ├── UpstreamBusy       not asked: too many requests wait for it already (serving/slots.py)
     └── UpstreamBroken     no connection, or one that ended in the middle of an answer
         ├── NothingSent      no connection: the upstream saw nothing (serving/upstream.py)
-        ├── StudentBroken    a student's server gave no whole answer (serving/lm_stream.py)
+        ├── StudentBroken    a student's server gave no whole answer (serving/student_server.py)
         │   └── StudentRefused   it won't have this request
         ├── StaleConnection  a kept connection had ended (serving/upstream.py)
         └── StreamFailed     the teacher reported an error in its stream (serving/teacher_stream.py)

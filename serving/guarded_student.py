@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from serving.breaker import Breaker
 from serving.errors import UnderstudyError
 from serving.exchange import Json, StudentAnswer
-from serving.lm_stream import StudentRefused
 from serving.student import CommitPlan, Piece, Student, StudentStream
+from serving.student_server import StudentRefused
 
 
 class StudentUnavailable(UnderstudyError):

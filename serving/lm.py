@@ -8,24 +8,21 @@ server's to keep: a server that answers under the same name with another model m
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 
-import orjson
-
 from serving.chat import text_of, token_limit
-from serving.errors import ConfigError, RequestError, UpstreamRefused, UpstreamTimeout
+from serving.errors import UpstreamRefused, UpstreamTimeout
 from serving.exchange import Json, StudentAnswer
 from serving.lm_plan import LmPlan
-from serving.lm_stream import LmStream, StudentBroken, StudentRefused
+from serving.lm_stream import LmStream
 from serving.logprobs import may_be_about_logprobs
 from serving.sampled_stream import SampledStream
 from serving.student import StudentStream
+from serving.student_server import StudentServer
 from serving.tally import Metering, Tally
-from serving.upstream import Headers, StaleConnection, Upstream, UpstreamResponse
+from serving.upstream import UpstreamResponse
 
 _CHAT = "/chat/completions"
-_OF_THE_REQUEST = (400, 413, 422)
 _PASSED_ON = (
     "messages",
     "tools",
@@ -41,36 +38,28 @@ _PASSED_ON = (
 
 
 class LmStudent:
-    """A language model, asked through `upstream`, which it owns. `metering` makes the signals of each answer."""
+    """A language model, asked at `server`, which it owns. `metering` makes the signals of each answer."""
 
     streams = True
 
     def __init__(
         self,
         plan: LmPlan,
-        upstream: Upstream,
+        server: StudentServer,
         metering: Metering,
-        *,
-        key: str | None = None,
     ) -> None:
         self.plan = plan
         self.patience_s = plan.timeout_s
-        self._upstream = upstream
+        self._server = server
         self._metering = metering
-        self._key = key
-        self._headers: Headers = [
-            ("content-type", "application/json"),
-            ("accept-encoding", "identity"),
-            *([] if key is None else [("authorization", f"Bearer {key}")]),
-        ]
         self._has_logprobs = True
         self._open: set[LmStream] = set()
 
     @classmethod
     def of(cls, plan: LmPlan, metering: Metering) -> LmStudent:
         """The student of a plan, with its key from the environment. Raises ConfigError for a key that can't be sent."""
-        upstream = Upstream(plan.base_url, timeout_s=plan.timeout_s, who="the student")
-        return cls(plan, upstream, metering, key=_key(plan.api_key_env))
+        server = StudentServer.at(plan.base_url, timeout_s=plan.timeout_s, api_key_env=plan.api_key_env)
+        return cls(plan, server, metering)
 
     @property
     def busy(self) -> bool:
@@ -123,50 +112,22 @@ class LmStudent:
 
     async def aclose(self) -> None:
         """Close every connection."""
-        await self._upstream.aclose()
+        await self._server.aclose()
 
     async def _ask(self, request: Json, *, drawn: bool) -> UpstreamResponse:
         """Send a request; without log-probabilities from the time on that the server has refused to give them."""
         has_logprobs = self._has_logprobs and not self.plan.samples
         try:
-            return await self._sent(self._body(request, logprobs=has_logprobs, drawn=drawn))
+            return await self._server.post(_CHAT, self._body(request, logprobs=has_logprobs, drawn=drawn))
         except UpstreamRefused as error:
             if not (has_logprobs and may_be_about_logprobs(error)):
-                raise self._refusal(error) from None
+                raise self._server.refusal(error) from None
         try:
-            response = await self._sent(self._body(request, logprobs=False, drawn=drawn))
+            response = await self._server.post(_CHAT, self._body(request, logprobs=False, drawn=drawn))
         except UpstreamRefused as error:
-            raise self._refusal(error) from None
+            raise self._server.refusal(error) from None
         self._has_logprobs = False
         return response
-
-    async def _sent(self, asked: Json) -> UpstreamResponse:
-        body = orjson.dumps(asked)
-        try:
-            try:
-                response = await self._upstream.request("POST", _CHAT, headers=self._headers, body=body)
-            except StaleConnection:
-                response = await self._upstream.request("POST", _CHAT, headers=self._headers, body=body)
-        except RequestError:
-            # Path and headers are the operator's: no client has sent anything wrong.
-            raise StudentBroken(
-                "the student can't be asked: its base_url has a port, credentials beside a key, or characters that "
-                "HTTP doesn't allow; see student.base_url and student.api_key_env"
-            ) from None
-        if 200 <= response.status < 300:
-            return response
-        async with response:
-            raise UpstreamRefused(response.status, dict(response.headers), await response.read())
-
-    def _refusal(self, error: UpstreamRefused) -> StudentBroken:
-        """What a refusal means, in the server's own words: without our key, which some repeat."""
-        said = error.body.decode("utf-8", "replace")
-        if self._key is not None:
-            said = said.replace(self._key, "…")
-        kind = StudentRefused if error.status in _OF_THE_REQUEST else StudentBroken
-        return kind(
-            f"the student at {self._upstream.place} answered with status {error.status}: {said[:200].strip()}"
-        )
 
     def _body(self, request: Json, *, logprobs: bool, drawn: bool) -> Json:
         asked: Json = {name: request[name] for name in _PASSED_ON if request.get(name) is not None}
@@ -215,12 +176,3 @@ def unsupported(request: Json) -> str | None:
         return "prefill"
     spoken = (message.get("content") for message in messages)
     return "content" if any(said and text_of(said) is None for said in spoken) else None
-
-
-def _key(variable: str | None) -> str | None:
-    value = os.environ.get(variable, "").strip() if variable is not None else ""
-    if not (value.isascii() and value.isprintable()):
-        raise ConfigError(
-            f"the student's key in the environment variable {variable} has characters that can't be sent: set it again"
-        )
-    return value or None

@@ -13,7 +13,7 @@ import orjson
 from serving.answer_events import AnswerEvents
 from serving.assembler import Assembler
 from serving.chat import chunks
-from serving.errors import UpstreamBroken, UpstreamError
+from serving.errors import UpstreamError
 from serving.estimate import unfinished_usage
 from serving.exchange import Json, StudentAnswer
 from serving.failed_answer import error_in
@@ -22,6 +22,7 @@ from serving.logprobs import hide_logprobs, without_logprobs
 from serving.mending import Mender
 from serving.student import CommitPlan, Piece
 from serving.student_chunk import answer_of
+from serving.student_server import StudentBroken
 from serving.tally import Tally
 from serving.teacher_stream import completion_of
 from serving.upstream import MOST_ANSWER_BYTES, UpstreamResponse
@@ -32,14 +33,6 @@ _FEW = 16
 _MOST_TOKEN_BYTES = 8192
 """A token takes so much of a stream at most: its own chunk, with 20 alternatives, their bytes written as numbers."""
 _LEAST_BYTES = 1024 * 1024
-
-
-class StudentBroken(UpstreamBroken):
-    """The student's server answered with an error, with nothing that is an answer, or not to the end."""
-
-
-class StudentRefused(StudentBroken):
-    """The student's server won't have this request: too long, mostly. It wouldn't a second time either."""
 
 
 class LmStream:

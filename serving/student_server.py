@@ -1,0 +1,91 @@
+"""A server that a student is asked at, over HTTP: sending a request, and what its refusals mean."""
+
+from __future__ import annotations
+
+import os
+
+import orjson
+
+from serving.errors import ConfigError, RequestError, UpstreamBroken, UpstreamRefused
+from serving.exchange import Json
+from serving.upstream import Headers, StaleConnection, Upstream, UpstreamResponse
+
+_OF_THE_REQUEST = (400, 413, 422)
+
+
+class StudentBroken(UpstreamBroken):
+    """The student's server answered with an error, with nothing that is an answer, or not to the end."""
+
+
+class StudentRefused(StudentBroken):
+    """The student's server won't have this request: too long, mostly. It wouldn't a second time either."""
+
+
+class StudentServer:
+    """A server behind `upstream`, which it owns. `key` goes with every request, and into no message."""
+
+    def __init__(self, upstream: Upstream, *, key: str | None = None) -> None:
+        self._upstream = upstream
+        self._key = key
+        self._headers: Headers = [
+            ("content-type", "application/json"),
+            ("accept-encoding", "identity"),
+            *([] if key is None else [("authorization", f"Bearer {key}")]),
+        ]
+
+    @classmethod
+    def at(cls, base_url: str, *, timeout_s: float, api_key_env: str | None) -> StudentServer:
+        """The server at `base_url`, with its key from the environment.
+
+        Raises ConfigError for a key that can't be sent.
+        """
+        upstream = Upstream(base_url, timeout_s=timeout_s, who="the student")
+        return cls(upstream, key=_key(api_key_env))
+
+    @property
+    def place(self) -> str:
+        """Host and port, for messages."""
+        return self._upstream.place
+
+    async def post(self, path: str, asked: Json) -> UpstreamResponse:
+        """Send a request below the base URL and wait for the head of a good answer.
+
+        Raises UpstreamRefused for any status that isn't one (see `refusal`), and what `Upstream.request` raises.
+        """
+        body = orjson.dumps(asked)
+        try:
+            try:
+                response = await self._upstream.request("POST", path, headers=self._headers, body=body)
+            except StaleConnection:
+                response = await self._upstream.request("POST", path, headers=self._headers, body=body)
+        except RequestError:
+            # Path and headers are the operator's: no client has sent anything wrong.
+            raise StudentBroken(
+                "the student can't be asked: its base_url has a port, credentials beside a key, or characters that "
+                "HTTP doesn't allow; see student.base_url and student.api_key_env"
+            ) from None
+        if 200 <= response.status < 300:
+            return response
+        async with response:
+            raise UpstreamRefused(response.status, dict(response.headers), await response.read())
+
+    def refusal(self, error: UpstreamRefused) -> StudentBroken:
+        """What a refusal means, in the server's own words: without our key, which some repeat."""
+        said = error.body.decode("utf-8", "replace")
+        if self._key is not None:
+            said = said.replace(self._key, "…")
+        kind = StudentRefused if error.status in _OF_THE_REQUEST else StudentBroken
+        return kind(f"the student at {self.place} answered with status {error.status}: {said[:200].strip()}")
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self._upstream.aclose()
+
+
+def _key(variable: str | None) -> str | None:
+    value = os.environ.get(variable, "").strip() if variable is not None else ""
+    if not (value.isascii() and value.isprintable()):
+        raise ConfigError(
+            f"the student's key in the environment variable {variable} has characters that can't be sent: set it again"
+        )
+    return value or None
