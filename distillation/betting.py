@@ -14,7 +14,7 @@ import numpy as np
 from distillation.candidate import Candidate
 from distillation.cross_fit import cross_fit
 from distillation.dataset import Dataset, Row
-from distillation.gate import Look, held_out_of, linear_release, rank_held_out, spread_of
+from distillation.gate import Look, closed_release, held_out_of, rank_held_out, spread_of
 from distillation.hopeless import Hopeless
 from distillation.named_answers import answer_terms
 from distillation.past import Past, PastRelease, propensity_of
@@ -52,7 +52,7 @@ def freeze(
         seed=serial,
     )
     router = Router(confidence.estimator_.confidence_, np.inf, always_escalate=terms.always_escalate)
-    release = linear_release(fitted.student, router, held_out_of(dataset, ranks, fitted))
+    release = closed_release(fitted.student, router, held_out_of(dataset, ranks, fitted))
     return Candidate(release, levels, number, len(dataset.rows), after, serial)
 
 

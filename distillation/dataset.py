@@ -17,8 +17,8 @@ from routers.noise import Noise
 from serving import sight
 from serving.agreement import Comparison, comparison
 from serving.chat import last_user_text
+from serving.closed_answers import KnownAnswer, TokenEstimate
 from serving.exchange import Exchange, Json
-from serving.linear import KnownAnswer, TokenEstimate
 from serving.settings import TaskPolicy
 from serving.sight import Sees
 

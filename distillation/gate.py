@@ -31,8 +31,8 @@ from routers.looks import spent
 from routers.newton import sigmoid
 from routers.promise import Promise
 from routers.router import Router
+from serving.closed_answers import ClosedStudent
 from serving.exchange import Json
-from serving.linear import LinearStudent
 from serving.settings import TaskPolicy
 
 R_co = TypeVar("R_co", bound=Past, covariant=True)
@@ -91,21 +91,21 @@ def take_look(
     """
     fitted = cross_fit(dataset.rows, seed=seed, sees=policy.student.sees, progress=progress)
 
-    release = partial(linear_release, fitted.student)
+    release = partial(closed_release, fitted.student)
     return judge(
         dataset, fitted, release, past, policy, number=number, seed=seed, stakes=stakes, progress=progress
     )
 
 
-def linear_release(
-    student: LinearStudent,
+def closed_release(
+    student: ClosedStudent,
     router: Router,
     held_out: HeldOut,
     _: float | None = None,
     ahead: Ahead | None = None,
     refused: Refused | None = None,
 ) -> PastRelease:
-    """A release of a linear student. Rows that can't be accepted aren't remembered."""
+    """A release of a student with a closed answer space. Rows that can't be accepted aren't remembered."""
     known = {id: (rank, key) for id, (rank, key) in held_out.items() if key is not None and np.isfinite(rank)}
     return PastRelease(student, router, known, ahead or Ahead(), refused or Refused())
 

@@ -21,7 +21,8 @@ from scipy.linalg import solve_triangular
 from threadpoolctl import threadpool_limits
 
 from routers.logistic import Logistic, fit_logistic
-from serving.linear import KnownAnswer, LinearStudent, TokenEstimate
+from serving.closed_answers import KnownAnswer, TokenEstimate
+from serving.linear import LinearStudent
 from serving.sight import Sees
 from serving.text_terms import terms
 

@@ -15,8 +15,10 @@ from distillation.dataset import Dataset, Row
 from distillation.refused import Refused
 from routers.propensity import Period, pooled_propensity
 from routers.router import SCORE_SCHEMA, Decision, Router
+from serving.closed_answers import ClosedStudent, TextTooLong
+from serving.closed_students import load_closed_student
+from serving.engines import Engines
 from serving.errors import DamagedRelease, UnknownRelease
-from serving.linear import LinearStudent
 from serving.releases import HELD_OUT_FILE, ReleaseStore
 from serving.sight import seen_text, unsupported
 
@@ -66,14 +68,14 @@ class Past(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PastRelease:
-    """A release whose student is `linear`: the student, its router, and how it ranked the rows it was fitted on.
+    """A release whose answer space is closed: the student, its router, and how it ranked the rows it was fitted on.
 
     `held_out` maps the ids of those rows to the rank and answer key that cross-fitting gave them: the released
     student and confidence have seen them and would be too sure. `refused` says which of them other rows' vetoes refuse.
     What `ahead` skips is never accepted.
     """
 
-    student: LinearStudent
+    student: ClosedStudent
     router: Router
     held_out: Mapping[str, tuple[float, str]]
     ahead: Ahead = field(default_factory=Ahead)
@@ -99,7 +101,10 @@ class PastRelease:
                 return None
             text = seen_text(row.request, sees)
         ranked = self.held_out.get(row.id)
-        rank, key = self.rank(text) if ranked is None else ranked
+        try:
+            rank, key = self.rank(text) if ranked is None else ranked
+        except TextTooLong:
+            return None
         decision = self._judge(row.id, rank, key)
         if self.ahead.skips(row, self.held_out.keys()):
             decision = replace(decision, accepted=False, reason="skipped")
@@ -133,12 +138,15 @@ class PastRelease:
         }
 
 
-def read_past(store: ReleaseStore, task: str, name: str) -> PastRelease:
-    """A release of the store. Raises UnknownRelease or DamagedRelease."""
-    return past_of(store.read(task, name).files, f"release {name} of task {task}")
+def read_past(store: ReleaseStore, task: str, name: str, engines: Engines | None = None) -> PastRelease:
+    """A release of the store. Raises UnknownRelease or DamagedRelease.
+
+    `engines`: what it may share with others that are read; None: nothing.
+    """
+    return past_of(store.read(task, name).files, f"release {name} of task {task}", engines)
 
 
-def past_of(files: Mapping[str, bytes], what: str) -> PastRelease:
+def past_of(files: Mapping[str, bytes], what: str, engines: Engines | None = None) -> PastRelease:
     """What `PastRelease.files` wrote. `what` names it in the DamagedRelease that is raised if it can't be read."""
     try:
         held_out = {id: (float(s), str(k)) for id, (s, k) in orjson.loads(files[HELD_OUT_FILE]).items()}
@@ -148,7 +156,8 @@ def past_of(files: Mapping[str, bytes], what: str) -> PastRelease:
             held_out = {id: (router.confidence.rank(s, {}, k), k) for id, (s, k) in held_out.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedRelease(f"{what}: {HELD_OUT_FILE} can't be read: {error}") from error
-    return PastRelease(LinearStudent.load(files), router, held_out, Ahead.read(files), Refused.read(files))
+    student = load_closed_student(files, engines or Engines())
+    return PastRelease(student, router, held_out, Ahead.read(files), Refused.read(files))
 
 
 def redoable(

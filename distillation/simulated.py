@@ -21,8 +21,9 @@ from routers.looks import PastLook, labels_needed, next_look
 from routers.router import Router
 from routers.simulator import LiveStudent, Message
 from serving.agreement import comparison
+from serving.closed_answers import TokenEstimate
 from serving.exchange import Exchange
-from serving.linear import LinearStudent, TokenEstimate
+from serving.linear import LinearStudent
 from serving.settings import TaskPolicy
 
 

@@ -22,6 +22,7 @@ from routers.meter import TokenMeter
 from routers.router import Router
 from serving.agreement import Comparison
 from serving.audit_index import AuditIndex
+from serving.engines import Engines
 from serving.guarded_student import GuardedStudent
 from serving.releases import Release, ReleaseStore
 from serving.student import Student
@@ -68,11 +69,18 @@ class LiveReleases:
     """What is live, by task."""
 
     def __init__(
-        self, state_dir: Path, tasks: Tasks, metrics: Metrics, *, redact: Sequence[str] = ()
+        self,
+        state_dir: Path,
+        tasks: Tasks,
+        metrics: Metrics,
+        *,
+        redact: Sequence[str] = (),
+        engines: Engines | None = None,
     ) -> None:
         self._redact = sorted(redact)
         self._tasks_dir = state_dir / "tasks"
         self._store = ReleaseStore(state_dir)
+        self._engines = engines or Engines()
         self._audits = AuditIndex(state_dir)
         self._tasks = tasks
         self._metrics = metrics
@@ -166,7 +174,7 @@ class LiveReleases:
             name=release.name,
             generation=live.generation,
             checksum=release.card["checksum"],
-            student=GuardedStudent(load_student(release, TokenMeter)),
+            student=GuardedStudent(load_student(release, TokenMeter, self._engines)),
             router=router,
             comparison=self._tasks.comparison(task),
             foresight=foresight,

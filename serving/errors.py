@@ -9,6 +9,7 @@ UnderstudyError
 ├── LearningElsewhere      another process is learning this task (distillation/journal.py)
 ├── StudentSilent          a student that is asked about the log gave no answers (distillation/kind.py)
 ├── ErasedMeanwhile        something was erased while it was asked (serving/student_answers.py)
+├── TextTooLong            a student can't read so much (serving/closed_answers.py)
 ├── StackError             a process that a replay started has died (loadtest/stack.py)
 ├── UnreadableShop         a recording to measure with isn't there (loadtest/routing/shop.py)
 ├── NothingToMeasure       it gave no release to measure with (loadtest/routing/cost.py)

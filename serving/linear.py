@@ -4,8 +4,7 @@ What it holds is fitted by `distillation.linear_training` and lies in two files 
 
 - `student.npz`: `vocabulary` (uint8, the terms in UTF-8, one a line, words before characters), `words` (how many of
   them are word terms), `idf` (float32[F]), `weights` (float32[F, K]) and `intercept` (float32[K])
-- `student.json`: the K answers it can give, each in the teacher's own form, how to estimate the teacher's tokens, and
-  what of a request it sees (`serving.sight`)
+- `student.json`: the K answers it can give, and what else such students know (`serving.closed_answers`)
 
 F features, K answers. No pickle: a file from elsewhere can't run code.
 """
@@ -17,75 +16,20 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
+from serving.closed_answers import ANSWERS_FILE, AnswerSpace, KnownAnswer, Prediction, TokenEstimate
 from serving.errors import DamagedRelease
 from serving.exchange import Json, StudentAnswer
-from serving.sight import SIGHTS, Sees, seen_text, spoken_characters, unsupported
+from serving.sight import Sees, seen_text, unsupported
 from serving.text_terms import terms
 
 Floats = NDArray[np.float32]
 
-SCHEMA = 1
-SCHEMA_WITH_SIGHT = 2
-"""For students that see anything but `message`: a version that doesn't know of that mustn't serve them."""
 ARRAYS_FILE = "student.npz"
-ANSWERS_FILE = "student.json"
-
-
-@dataclass(frozen=True, slots=True)
-class KnownAnswer:
-    """One of the answers a closed answer space has.
-
-    `key` is its normal form under the task's agreement, `choices` what the teacher most often wrote for it and
-    `completion_tokens` how many tokens that cost there. `seen`: how many texts with this answer the student was fitted
-    to.
-    """
-
-    key: str
-    choices: list[Json]
-    completion_tokens: int
-    seen: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEstimate:
-    """The teacher's prompt tokens for a request: `fixed + per_character × characters`, fitted on the log's usage.
-
-    The characters are those of all turns (`serving.sight.spoken_characters`), whatever the student sees of them.
-    """
-
-    fixed: float
-    per_character: float
-
-    def prompt_tokens(self, characters: int) -> int:
-        """The estimate for one request, in tokens."""
-        return max(0, round(self.fixed + self.per_character * characters))
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What the student makes of one text.
-
-    `index` is the answer's place among the known ones. `score` ranks how sure the student is: the margin between the
-    two largest log-odds, which doesn't saturate as probabilities do, so it doesn't tie.
-    """
-
-    index: int
-    score: float
-    probability: float
-    entropy: float
-    seen: int = 0
-
-    @property
-    def signals(self) -> dict[str, float]:
-        """What the student says of itself beside its score: ln(1 + seen) is how near its answer is to its training."""
-        return {"probability": self.probability, "entropy": self.entropy, "seen": math.log1p(self.seen)}
 
 
 class LinearStudent:
@@ -107,6 +51,7 @@ class LinearStudent:
         tokens: TokenEstimate,
         sees: Sees = "message",
     ) -> None:
+        self._space = AnswerSpace(answers, tokens, sees)
         self.answers = answers
         self.sees: Sees = sees
         self._word_columns = {term: column for column, term in enumerate(vocabulary[:words])}
@@ -116,26 +61,10 @@ class LinearStudent:
         self._idf = idf
         self._weights = weights
         self._intercept = intercept
-        self._tokens = tokens
 
     def predict(self, text: str) -> Prediction:
         """The most probable answer to `text`, and how sure the student is of it."""
-        logits = self._logits(text)
-        best = int(logits.argmax())
-        if len(logits) == 1:
-            return Prediction(index=0, score=0.0, probability=1.0, entropy=0.0, seen=self.answers[0].seen)
-        behind: Floats = logits - logits[best]  # log-odds against the best answer: at most 0
-        odds = np.exp(behind)
-        total = float(odds.sum())
-        entropy = math.log(total) - float(odds @ behind) / total
-        behind[best] = -math.inf
-        return Prediction(
-            index=best,
-            score=-float(behind.max()),
-            probability=1.0 / total,
-            entropy=entropy,
-            seen=self.answers[best].seen,
-        )
+        return self._space.prediction(self._logits(text))
 
     def _logits(self, text: str) -> Floats:
         word_terms, character_terms = terms(text)
@@ -164,20 +93,8 @@ class LinearStudent:
         """Answer a supported request, inline: it takes about a tenth of a millisecond."""
         started = time.perf_counter()
         prediction = self.predict(seen_text(request, self.sees))
-        known = self.answers[prediction.index]
-        prompt_tokens = self._tokens.prompt_tokens(spoken_characters(request))
-        return StudentAnswer(
-            model="linear",
-            choices=known.choices,
-            usage={
-                "prompt_tokens": prompt_tokens,
-                "completion_tokens": known.completion_tokens,
-                "total_tokens": prompt_tokens + known.completion_tokens,
-            },
-            latency_s=time.perf_counter() - started,
-            score=prediction.score,
-            signals=prediction.signals,
-        )
+        latency_s = time.perf_counter() - started
+        return self._space.answer(request, prediction, model="linear", latency_s=latency_s)
 
     def stream(self, request: Json) -> None:
         """None: an answer is whole at once."""
@@ -196,29 +113,13 @@ class LinearStudent:
             weights=self._weights,
             intercept=self._intercept,
         )
-        sight = {} if self.sees == "message" else {"sees": self.sees}
-        answers = {
-            "schema": SCHEMA_WITH_SIGHT if sight else SCHEMA,
-            "kind": "linear",
-            **sight,
-            "answers": [
-                {
-                    "key": a.key,
-                    "choices": a.choices,
-                    "completion_tokens": a.completion_tokens,
-                    "seen": a.seen,
-                }
-                for a in self.answers
-            ],
-            "tokens": {"fixed": self._tokens.fixed, "per_character": self._tokens.per_character},
-        }
-        return {ARRAYS_FILE: arrays.getvalue(), ANSWERS_FILE: orjson.dumps(answers)}
+        return {ARRAYS_FILE: arrays.getvalue(), ANSWERS_FILE: self._space.dump("linear")}
 
     @classmethod
     def load(cls, files: Mapping[str, bytes]) -> LinearStudent:
         """Read the files of a release. Raises DamagedRelease for anything that doesn't fit together."""
         try:
-            student = cls._read(orjson.loads(files[ANSWERS_FILE]), files[ARRAYS_FILE])
+            student = cls._read(AnswerSpace.load(files[ANSWERS_FILE]), files[ARRAYS_FILE])
         except DamagedRelease:
             raise
         except Exception as error:  # a damaged archive makes its parsers raise whatever they like
@@ -229,15 +130,7 @@ class LinearStudent:
         return student
 
     @classmethod
-    def _read(cls, described: Json, data: bytes) -> LinearStudent:
-        if described["schema"] not in (SCHEMA, SCHEMA_WITH_SIGHT):
-            raise DamagedRelease(
-                f"{ANSWERS_FILE} has schema {described['schema']!r}, this version reads up to {SCHEMA_WITH_SIGHT}"
-            )
-        sees = "message" if described["schema"] == SCHEMA else described["sees"]
-        if sees not in SIGHTS:
-            raise DamagedRelease(f"{ANSWERS_FILE} sees {sees!r}, this version knows {', '.join(SIGHTS)}")
-        tokens = described["tokens"]
+    def _read(cls, space: AnswerSpace, data: bytes) -> LinearStudent:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return cls(
                 vocabulary=arrays["vocabulary"]
@@ -249,21 +142,16 @@ class LinearStudent:
                 idf=arrays["idf"],
                 weights=arrays["weights"],
                 intercept=arrays["intercept"],
-                answers=[
-                    # Releases of before it counted have no confidence that asks for it.
-                    KnownAnswer(a["key"], a["choices"], int(a["completion_tokens"]), int(a.get("seen", 0)))
-                    for a in described["answers"]
-                ],
-                tokens=TokenEstimate(float(tokens["fixed"]), float(tokens["per_character"])),
-                sees=sees,
+                answers=space.answers,
+                tokens=space.tokens,
+                sees=space.sees,
             )
 
     def _check(self) -> None:
         features, answers = len(self._vocabulary), len(self.answers)
         arrays = (self._idf, self._weights, self._intercept)
         if (
-            answers == 0
-            or self._idf.shape != (features,)
+            self._idf.shape != (features,)
             or self._weights.shape != (features, answers)
             or self._intercept.shape != (answers,)
             or not 0 <= self._words <= features
@@ -274,12 +162,3 @@ class LinearStudent:
             )
         if not all(array.dtype == np.float32 and np.isfinite(array).all() for array in arrays):
             raise DamagedRelease("the linear student's arrays should hold finite 32-bit floats only")
-        if not (math.isfinite(self._tokens.fixed) and math.isfinite(self._tokens.per_character)):
-            raise DamagedRelease(f"{ANSWERS_FILE} estimates tokens by {self._tokens}")
-        for answer in self.answers:
-            if not (isinstance(answer.key, str) and _are_choices(answer.choices) and answer.seen >= 0):
-                raise DamagedRelease(f"{ANSWERS_FILE} holds something that isn't an answer: {answer}")
-
-
-def _are_choices(value: object) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(choice, dict) for choice in value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from serving.engines import Engines
 from serving.errors import DamagedRelease
 from serving.linear import LinearStudent
 from serving.lm import LmStudent
@@ -10,9 +11,10 @@ from serving.student import Student
 from serving.tally import Metering
 
 
-def load_student(release: Release, metering: Metering) -> Student:
-    """The student of a release, ready to answer; `metering` makes the signals of a language model's answers.
+def load_student(release: Release, metering: Metering, engines: Engines) -> Student:
+    """The student of a release, ready to answer.
 
+    `metering` makes the signals of a language model's answers; `engines` is what the students of a process share.
     Raises DamagedRelease if its files can't be read.
     """
     kind = release.card.get("student")

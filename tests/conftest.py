@@ -31,11 +31,12 @@ from uvicorn.server import ServerState
 
 from routers.confidence import Confidence
 from routers.router import Router
+from serving.closed_answers import KnownAnswer, TokenEstimate
 from serving.disk import Disk
 from serving.events import answered
 from serving.exchange import Exchange, TeacherAnswer
 from serving.failures import Failures
-from serving.linear import KnownAnswer, LinearStudent, TokenEstimate
+from serving.linear import LinearStudent
 from serving.log import EventLog, LogReader
 from serving.recording import Recorded, Recording
 from serving.releases import ReleaseStore

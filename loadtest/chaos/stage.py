@@ -24,7 +24,8 @@ from loadtest.processes import Processes, find_processes
 from loadtest.stack import KEY_VARIABLE, Child, StackError, start_gateway, start_stand_in
 from routers.confidence import Confidence
 from routers.router import Router
-from serving.linear import KnownAnswer, LinearStudent, TokenEstimate
+from serving.closed_answers import KnownAnswer, TokenEstimate
+from serving.linear import LinearStudent
 from serving.releases import ReleaseStore
 
 TASK = "topics"

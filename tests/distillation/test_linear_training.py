@@ -12,7 +12,8 @@ from scipy import sparse
 from distillation import linear_training
 from distillation.linear_training import TermCounts
 from routers.logistic import fit_logistic
-from serving.linear import ARRAYS_FILE, KnownAnswer, LinearStudent, TokenEstimate
+from serving.closed_answers import KnownAnswer, TokenEstimate
+from serving.linear import ARRAYS_FILE, LinearStudent
 
 TEXTS = ["red card", "blue card", "red parcel", "blue parcel", "zebra crossing"]
 KNOWN = [KnownAnswer(key, [{"message": {"content": key}}], 1) for key in ("card", "parcel", "zebra")]

@@ -18,8 +18,10 @@ from routers.confidence import Confidence
 from routers.meter import TokenMeter
 from routers.router import Router
 from serving.agreement import comparison
+from serving.closed_answers import KnownAnswer, TokenEstimate
+from serving.engines import Engines
 from serving.exchange import Exchange, Json
-from serving.linear import KnownAnswer, LinearStudent, TokenEstimate
+from serving.linear import LinearStudent
 from serving.releases import ReleaseStore
 from serving.settings import Settings
 from serving.students import load_student
@@ -69,7 +71,7 @@ def test_a_conversation_is_learned_by_who_sees_it(write_log: Make, talks: list[E
     assert lesson.outcome == "released"
     assert lesson.look is not None and lesson.look["sees"] == "conversation"
     store = ReleaseStore(state_dir)
-    student = load_student(store.read("intents", "r0001"), TokenMeter)
+    student = load_student(store.read("intents", "r0001"), TokenMeter, Engines())
     assert store.list("intents")[0]["sees"] == "conversation"
     assert student.unsupported(talk("Is your card lost?", "it is")) is None
 

@@ -22,14 +22,9 @@ from sklearn.pipeline import make_union
 from distillation.dataset import Row, known_answers, token_estimate
 from distillation.linear_training import INVERSE_PENALTY, TermCounts
 from serving.chat import ChatRequest
+from serving.closed_answers import ANSWERS_FILE, KnownAnswer, TokenEstimate
 from serving.errors import DamagedRelease, RequestError
-from serving.linear import (
-    ANSWERS_FILE,
-    ARRAYS_FILE,
-    KnownAnswer,
-    LinearStudent,
-    TokenEstimate,
-)
+from serving.linear import ARRAYS_FILE, LinearStudent
 from serving.sight import seen_text, unsupported
 
 PHRASES = {

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.chat import ChatRequest
+from serving.closed_answers import ANSWERS_FILE, KnownAnswer, TokenEstimate
 from serving.errors import DamagedRelease, RequestError
-from serving.linear import ANSWERS_FILE, KnownAnswer, LinearStudent, TokenEstimate
+from serving.linear import LinearStudent
 from serving.sight import SIGHTS, Sees, seen_text, spoken_characters, unsupported
 
 SYSTEM = {"role": "system", "content": "Label the message."}

@@ -1,0 +1,21 @@
+"""Students with a closed answer space: from the files of a release to one that predicts, without what only serves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from serving.closed_answers import ClosedStudent, kind_of
+from serving.engines import Engines
+from serving.errors import DamagedRelease
+from serving.linear import LinearStudent
+
+
+def load_closed_student(files: Mapping[str, bytes], engines: Engines) -> ClosedStudent:
+    """The student that predicts, of the files of a release whose student has a closed answer space.
+
+    Raises DamagedRelease if they can't be read, or hold another kind of student.
+    """
+    kind = kind_of(files)
+    if kind == "linear":
+        return LinearStudent.load(files)
+    raise DamagedRelease(f"a student of kind {kind!r} doesn't predict in this version")

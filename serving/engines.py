@@ -1,0 +1,36 @@
+"""What the students of one process share: a model that several of them use is held once."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+from weakref import WeakValueDictionary
+
+M = TypeVar("M")
+
+
+class Engines:
+    """The models in use, by the checksum of what they were made of. Each goes with the last student that holds it.
+
+    Safe to use from several threads: releases are loaded off the request path.
+    """
+
+    def __init__(self) -> None:
+        self._models: WeakValueDictionary[str, object] = WeakValueDictionary()
+        self._loading = threading.Lock()
+
+    def model(self, kind: type[M], content: Sequence[bytes], make: Callable[[], M]) -> M:
+        """The model of this content: the one that is in use already, or what `make` makes of it.
+
+        Who asks while another makes it waits, and gets the same. Raises what `make` raises.
+        """
+        checksum = hashlib.sha256()
+        for part in content:
+            checksum.update(hashlib.sha256(part).digest())
+        with self._loading:
+            model = self._models.get(checksum.hexdigest())
+            if not isinstance(model, kind):
+                model = self._models[checksum.hexdigest()] = make()
+            return model
