@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-clients check format lint typecheck bench bench-routing chaos lock lock-clients wheel
+.PHONY: help install demo test test-clients check format lint typecheck bench bench-gateway bench-routing chaos lock lock-clients wheel
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -59,6 +59,10 @@ typecheck: $(STAMP) ## mypy, strict
 
 bench: $(STAMP) ## HTTP clients on the way to the teacher, side by side (half a minute)
 	$(BIN)/python -m loadtest.clients
+
+bench-gateway: $(STAMP) ## requests a second through a gateway on one core, by the way they take (a minute; AGAINST=another checkout)
+	$(BIN)/python -m loadtest.throughput $(if $(AGAINST),--against $(AGAINST)) \
+		$(if $(wildcard $(DATA)/banking77_gpt4/stream.csv),--recording $(DATA)/banking77_gpt4/stream.csv)
 
 bench-routing: $(STAMP) ## whether the promise is kept, and what it costs: every table (DATA=folder with the recordings, ONLY=validity)
 	@test -f $(DATA)/banking77_gpt4/stream.csv || { \

@@ -1,9 +1,10 @@
 """A trivial upstream for measuring clients: it answers at once, streams or stalls, and notes who hung up.
 
-    POST /v1/answer             a small completion, at once POST /v1/stream             ten events, at once
-    POST /v1/chat/completions   never an answer; with `"stream":true` the head and one chunk, then nothing
-    GET  /v1/connections        {"open": int, "hung_up": {x-request-id: seconds on the machine's monotonic
-    clock}}
+    POST /v1/answer                  a small completion, at once
+    POST /at-once/chat/completions   the same
+    POST /v1/stream                  ten events, at once
+    POST /v1/chat/completions        never an answer; with `"stream":true` the head and one chunk, then nothing
+    GET  /v1/connections             {"open": int, "hung_up": {x-request-id: seconds on the machine's monotonic clock}}
 
 Run as a process of its own, so that the client under test doesn't share its event loop:
 `python -m loadtest.loopback` prints its port and ends when its standard input is closed.
@@ -107,7 +108,7 @@ class Loopback(asyncio.Protocol):
         if self._transport is None:
             return
         match self._path:
-            case b"/v1/answer":
+            case b"/v1/answer" | b"/at-once/chat/completions":
                 self._transport.write(_ANSWER)
             case b"/v1/stream":
                 self._transport.write(_STREAM)

@@ -82,19 +82,28 @@ class Stack:
 class Child:
     """One child process whose output goes to a file.
 
-    It is in a session of its own, so that a Ctrl-C in the terminal reaches us alone, and we stop in order.
+    It is in a session of its own, so that a Ctrl-C in the terminal reaches us alone, and we stop in order. `checkout`
+    is the folder whose code it runs; None: ours.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        module: str = "understudy",
+        checkout: Path | None = None,
+    ) -> None:
         self.name = name
         self.log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(  # noqa: S603 - our own command
-                command(*arguments),
+                command(*arguments, module=module),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment(),
+                env=environment(checkout=checkout),
                 start_new_session=True,
             )
 
@@ -215,12 +224,13 @@ def start_stand_in(recording: Path, log: Path, *options: str) -> tuple[Child, st
         return child, child.wait_for("answers on http").rpartition(" ")[2]
 
 
-def start_gateway(config: Path, log: Path, *options: str) -> tuple[Child, str]:
+def start_gateway(config: Path, log: Path, *options: str, checkout: Path | None = None) -> tuple[Child, str]:
     """Start a gateway; gives it and its base URL, which ends in `/v1`, once it is ready.
 
-    Raises StackError, with its last words and nothing left behind, if it doesn't start.
+    `checkout` is the folder whose code it runs; None: ours. Raises StackError, with its last words and nothing left
+    behind, if it doesn't start.
     """
-    child = Child("gateway", ["serve", "--config", str(config), *options], log)
+    child = Child("gateway", ["serve", "--config", str(config), *options], log, checkout=checkout)
     with _ended_if_it_fails(child):
         address = child.wait_for("listens on http").partition("listens on ")[2].split()[0]
         child.wait_until_ready(f"{address}/readyz")
@@ -266,17 +276,20 @@ match = {{ model = {text(plan.model)} }}
 """
 
 
-def command(*arguments: str) -> list[str]:
+def command(*arguments: str, module: str = "understudy") -> list[str]:
     """Return the command line of one of our own commands, in this very installation."""
-    return [sys.executable, "-P", "-m", "understudy", *arguments]
+    return [sys.executable, "-P", "-m", module, *arguments]
 
 
-def environment(*, bare: bool = True) -> dict[str, str]:
-    """Return the environment of child processes: ours; with `bare` less what would change a configuration."""
+def environment(*, bare: bool = True, checkout: Path | None = None) -> dict[str, str]:
+    """Return the environment of child processes: ours; with `bare` less what would change a configuration.
+
+    Imports come from `checkout` first; None: from where ours do.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
         if not (bare and name.upper().startswith("UNDERSTUDY_"))
     }
-    path = os.pathsep.join(part for part in (str(_ROOT), kept.get("PYTHONPATH", "")) if part)
+    path = os.pathsep.join(part for part in (str(checkout or _ROOT), kept.get("PYTHONPATH", "")) if part)
     return {**kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", KEY_VARIABLE: "stand-in"}
