@@ -14,9 +14,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +23,7 @@ from serving.closed_answers import ANSWERS_FILE, AnswerSpace, KnownAnswer, Predi
 from serving.errors import DamagedRelease
 from serving.exchange import Json, StudentAnswer
 from serving.sight import Sees, seen_text, unsupported
-from serving.text_terms import terms
+from serving.term_columns import TermColumns
 
 Floats = NDArray[np.float32]
 
@@ -54,8 +52,7 @@ class LinearStudent:
         self._space = AnswerSpace(answers, tokens, sees)
         self.answers = answers
         self.sees: Sees = sees
-        self._word_columns = {term: column for column, term in enumerate(vocabulary[:words])}
-        self._character_columns = {term: words + column for column, term in enumerate(vocabulary[words:])}
+        self._columns = TermColumns(vocabulary, words)
         self._vocabulary = vocabulary
         self._words = words
         self._idf = idf
@@ -67,22 +64,18 @@ class LinearStudent:
         return self._space.prediction(self._logits(text))
 
     def _logits(self, text: str) -> Floats:
-        word_terms, character_terms = terms(text)
-        words = Counter(map(self._word_columns.get, word_terms))
-        characters = Counter(map(self._character_columns.get, character_terms))
-        for counts in (words, characters):
-            counts.pop(None, None)  # terms the student has never seen
-        size = len(words) + len(characters)
-        index = np.fromiter(chain(words, characters), dtype=np.intp, count=size)
-        count = np.fromiter(chain(words.values(), characters.values()), dtype=np.float32, count=size)
+        counted, words = self._columns.count(text)
+        index = np.fromiter(counted, dtype=np.intp, count=len(counted))
+        count = np.fromiter(counted.values(), dtype=np.float32, count=len(counted))
         values: Floats = np.log(count)
         values += 1.0
-        values *= self._idf[index]
+        values *= self._idf.take(index)
         # Two blocks of unit length each, then the whole: 1/√2.
-        for block in (values[: len(words)], values[len(words) :]):
+        for block in (values[:words], values[words:]):
             if len(block):
                 block *= 1.0 / math.sqrt(2.0 * float(block @ block))
-        logits: Floats = values @ self._weights[index] + self._intercept
+        logits: Floats = values @ self._weights.take(index, axis=0)
+        logits += self._intercept
         return logits
 
     def unsupported(self, request: Json) -> str | None:
