@@ -23,7 +23,8 @@ import orjson
 from loadtest.stack import KEY_VARIABLE, Child, start_gateway
 from routers.confidence import Confidence
 from routers.router import Router
-from serving.linear import KnownAnswer, LinearStudent, TokenEstimate
+from serving.closed_answers import KnownAnswer, TokenEstimate
+from serving.linear import LinearStudent
 from serving.recording import Recorded
 from serving.releases import ReleaseStore
 from serving.text_terms import terms
