@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from serving.beginning import begun
 from serving.exchange import Json, StudentAnswer
-from serving.lm_plan import LmPlan
+from serving.served import ServedPlan
 
 Floats = NDArray[np.float64]
 
@@ -43,7 +43,7 @@ class AsServed:
     said: str | None = None
 
 
-def as_served(answer: StudentAnswer, plan: LmPlan, *, streamed: bool) -> AsServed:
+def as_served(answer: StudentAnswer, plan: ServedPlan, *, streamed: bool) -> AsServed:
     """How a complete answer is judged under a release's plan, for a streamed request or for a whole answer."""
     known = [Known(point["tokens"], point["score"], point["signals"]) for point in answer.checkpoints]
     early = tuple(point for point in known if point.tokens < plan.commit_tokens)

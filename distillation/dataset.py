@@ -173,17 +173,13 @@ def build_dataset(
 def dataset_of(exchanges: Iterable[Exchange], policy: TaskPolicy) -> Dataset:
     """The dataset of the student that a policy asks for, as learning will see it."""
     comparing = comparison(policy.agreement)
-    if policy.student.kind == "linear":
-        return build_dataset(exchanges, comparing, policy.student.sees)
+    student = policy.student
+    until = -math.inf if student.trained_until is None else student.trained_until.timestamp()
+    if student.kind != "lm":
+        return build_dataset(exchanges, comparing, student.sees, trained_until=until)
     from serving.lm import unsupported  # with the HTTP client, which a linear student doesn't need
 
-    until = policy.student.trained_until
-    return build_dataset(
-        exchanges,
-        comparing,
-        unsupported=unsupported,
-        trained_until=-math.inf if until is None else until.timestamp(),
-    )
+    return build_dataset(exchanges, comparing, unsupported=unsupported, trained_until=until)
 
 
 def _answer(exchange: Exchange, comparing: Comparison) -> str | None:

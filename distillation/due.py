@@ -28,11 +28,11 @@ def not_due(
 ) -> NotDue | None:
     """Why the next look isn't due yet, or None: it is.
 
-    A linear student chooses among the answers it has seen, so that there must be few of them, seen often. A language
-    model writes its own: for it labels are counted and nothing else. `fence` is when a release was last withdrawn: the
-    dataset begins there, and so do the looks.
+    A linear student chooses among the answers it has seen, so that there must be few of them, seen often. One that is
+    served elsewhere has its own: for it labels are counted and nothing else. `fence` is when a release was last
+    withdrawn: the dataset begins there, and so do the looks.
     """
-    chooses = policy.student.kind == "linear"
+    chooses = not policy.student.served
     if chooses and policy.agreement.kind == "numeric":
         return NotDue(
             True, "a linear student needs an agreement with a normal form: exact or json, not numeric"

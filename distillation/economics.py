@@ -114,7 +114,7 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
         unpriced=sum(
             _paid_for(e) and e.teacher.cost_usd is None for e in read.exchanges if e.teacher is not None
         ),
-        sees=policy.student.sees if policy.student.kind == "linear" else "request",
+        sees="request" if policy.student.kind == "lm" else policy.student.sees,
         watched=watched(settings, task, live, read.exchanges),
         withdrawn=withdrawn,
         spared=_spared(read.exchanges, settings.student.usd_per_hour),

@@ -142,10 +142,12 @@ def _source(
 ) -> LabelSource:
     """What the labels of this release are read and redone by."""
     task = policy.name
-    if card.get("student") == "lm":
-        from distillation.lm_source import LmSource  # the HTTP client: imported only where a student is asked
+    if card.get("student") != "linear":
+        from distillation.served_source import (
+            ServedSource,
+        )  # the HTTP client: imported only where a student is asked
 
-        return LmSource(settings, store, task, name)
+        return ServedSource(settings, store, task, name)
     if policy.agreement.kind == "numeric":
         raise UnderstudyError(
             f"answers of task {task} are compared by numeric, which has no normal form: {name} can't be evaluated by it"

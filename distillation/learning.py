@@ -147,11 +147,11 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
 def _kind(settings: Settings, policy: TaskSettings) -> Kind:
     """What learns the kind of student that the task is to have."""
     store = ReleaseStore(settings.state_dir)
-    if policy.student.kind == "linear":
+    if not policy.student.served:
         return LinearKind(store, policy)
-    from distillation.lm_kind import LmKind  # the HTTP client: imported only where a student is asked
+    from distillation.served_kind import ServedKind  # the HTTP client: imported only where a student is asked
 
-    return LmKind(settings, store, policy)
+    return ServedKind(settings, store, policy)
 
 
 def _look(

@@ -7,29 +7,29 @@ import time
 
 from gateway.finding import Finding
 from routers.meter import TokenMeter
+from serving.classify_plan import ClassifyPlan
 from serving.errors import UnderstudyError
 from serving.exchange import Json
-from serving.lm import LmStudent
-from serving.lm_plan import LmPlan
+from serving.served import ServedPlan, plan_of, served_student
 from serving.settings import Settings
 
 _QUESTION: Json = {"messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 4}
 
 
 async def check_students(settings: Settings) -> list[Finding]:
-    """Ask each language model of the configuration for four tokens, as requests would ask it."""
+    """Ask each student of the configuration that is served elsewhere one question, as requests would ask it."""
     choices = [
         settings.task_defaults.student,
         *(settings.for_task(task.name).student for task in settings.task),
     ]
-    plans = dict.fromkeys(LmPlan.of(choice) for choice in choices if choice.kind == "lm")
+    plans = dict.fromkeys(plan_of(choice) for choice in choices if choice.served)
     return [await _check(plan) for plan in plans]
 
 
-async def _check(plan: LmPlan) -> Finding:
+async def _check(plan: ServedPlan) -> Finding:
     began = time.perf_counter()
     try:
-        student = LmStudent.of(plan, TokenMeter)
+        student = served_student(plan, TokenMeter)
         try:
             answer = await student.answer(_QUESTION)
         finally:
@@ -45,6 +45,10 @@ async def _check(plan: LmPlan) -> Finding:
             "problem",
             said,
             "use a server that gives them (logprobs), such as vLLM, or set student.samples",
+        )
+    if isinstance(plan, ClassifyPlan):
+        return Finding(
+            "student", "ok", f"{plan.model!r} answered in {took * 1000:.0f} ms, with probabilities"
         )
     said = f"{plan.model!r} answered in {took * 1000:.0f} ms, with log-probabilities"
     if took > plan.hold_back_s:

@@ -218,6 +218,6 @@ def _drift(release: Release, foresight: Foresight | None) -> Drift | None:
     place when they stream.
     """
     spread = Spread.from_json(release.card.get("confidence_spread"))
-    if spread is None or foresight is not None or release.card.get("student") != "linear":
+    if spread is None or foresight is not None or release.card.get("student") == "lm":
         return None
     return Drift(spread)

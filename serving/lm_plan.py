@@ -75,6 +75,17 @@ class LmPlan:
         """The numbers of tokens at which signals are taken, increasing."""
         return tuple(sorted({*self.checkpoints, self.commit_tokens}))
 
+    def asked(self) -> dict[str, object]:
+        """All that an answer, and what is known of it on the way, depends on; not where it is judged."""
+        return {
+            "base_url": self.base_url,
+            "model": self.model,
+            "marks": self.marks,
+            "max_tokens": self.max_tokens,
+            "top_logprobs": self.top_logprobs,
+            "samples": self.samples,
+        }
+
     def files(self) -> dict[str, bytes]:
         """The plan as a file of a release; `load` reads it back."""
         return {PLAN_FILE: orjson.dumps({"kind": "lm", "schema": SCHEMA, **dataclasses.asdict(self)})}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -296,18 +297,42 @@ class ObserveSettings(Section):
         return True
 
 
+_OF_EVERY_STUDENT = {"kind", "skip", "skip_at_most"}
+_OF_SERVED_STUDENTS = {"base_url", "model", "api_key_env", "timeout_s", "trained_until"}
+_OF_ONE_STUDENT: Mapping[str, set[str]] = {
+    "linear": {"sees"},
+    "encoder": {"sees", *_OF_SERVED_STUDENTS},
+    "lm": {
+        "hedge",
+        "checkpoints",
+        "commit_tokens",
+        "hold_back_s",
+        "max_tokens",
+        "top_logprobs",
+        "samples",
+        *_OF_SERVED_STUDENTS,
+    },
+}
+"""Which keys a kind of student has."""
+
+
 class StudentChoice(Section):
     """Which student a task gets. It acts with the next release: what is live keeps what it was tested with."""
 
-    kind: Literal["linear", "lm"] = "linear"
-    sees: Sees = Field("message", description="of `linear`: what of a conversation the student sees")
+    kind: Literal["linear", "encoder", "lm"] = "linear"
+    sees: Sees = Field(
+        "message", description="of `linear` and `encoder`: what of a conversation the student sees"
+    )
     hedge: bool = Field(
         False, description="of `lm`: whether the teacher starts beside it where an escalation is foreseen"
     )
-    base_url: str | None = Field(None, description="of `lm`: an OpenAI-compatible server")
-    model: str | None = Field(None, description="of `lm`: the model's name there")
+    base_url: str | None = Field(
+        None, description="of `lm`: an OpenAI-compatible server; of `encoder`: a vLLM with a classifier"
+    )
+    model: str | None = Field(None, description="of `lm` and `encoder`: the model's name there")
     api_key_env: str | None = Field(
-        None, description="of `lm`: the environment variable that holds the server's key, if it wants one"
+        None,
+        description="of `lm` and `encoder`: the environment variable that holds the server's key, if it wants one",
     )
     skip: Literal["auto", "never"] = Field(
         "auto",
@@ -323,7 +348,9 @@ class StudentChoice(Section):
     hold_back_s: float = Field(
         1.0, gt=0, description="of `lm`: how long a streamed request waits for that at most"
     )
-    timeout_s: float = Field(30.0, gt=0, description="of `lm`: deadline of an answer, and of every silence")
+    timeout_s: float = Field(
+        30.0, gt=0, description="of `lm` and `encoder`: deadline of an answer, and of every silence"
+    )
     max_tokens: int = Field(1024, ge=1, description="of `lm`: bound of an answer; the client's may be lower")
     top_logprobs: int = Field(5, ge=0, le=20, description="of `lm`: alternatives to ask for of each token")
     samples: int = Field(
@@ -333,7 +360,8 @@ class StudentChoice(Section):
         description="of `lm`: more answers to draw for each, to tell how sure it is without log-probabilities",
     )
     trained_until: AwareDatetime | None = Field(
-        None, description="of `lm`: what was logged until then, the model may have been trained on"
+        None,
+        description="of `lm` and `encoder`: what was logged until then, the model may have been trained on",
     )
 
     @field_validator("base_url")
@@ -355,23 +383,32 @@ class StudentChoice(Section):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
-        if self.kind == "lm":
+        if self.served:
             missing = [
                 name for name, value in (("base_url", self.base_url), ("model", self.model)) if not value
             ]
             if missing:
                 raise ValueError(
-                    f'a student of kind "lm" needs {" and ".join(missing)}: '
+                    f'a student of kind "{self.kind}" needs {" and ".join(missing)}: '
                     "where the model is served, and its name there"
                 )
-            foreign = self.model_fields_set & {"sees"}
-            why = "a language model sees the whole request"
-        else:
-            foreign = self.model_fields_set - {"kind", "sees", "skip", "skip_at_most"}
-            why = 'that is for students of kind "lm"'
+        foreign = self.model_fields_set - _OF_EVERY_STUDENT - _OF_ONE_STUDENT[self.kind]
+        if foreign == {"sees"}:
+            raise ValueError(
+                f'a student of kind "{self.kind}" has no sees: a language model sees the whole request'
+            )
         if foreign:
-            raise ValueError(f'a student of kind "{self.kind}" has no {", ".join(sorted(foreign))}: {why}')
+            others = [f'"{kind}"' for kind, own in _OF_ONE_STUDENT.items() if foreign <= own]
+            raise ValueError(
+                f'a student of kind "{self.kind}" has no {", ".join(sorted(foreign))}: '
+                f"that is for students of kind {' or '.join(others)}"
+            )
         return self
+
+    @property
+    def served(self) -> bool:
+        """Whether its model is given, and served elsewhere."""
+        return self.kind != "linear"
 
 
 class AgreementChoice(Section):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from serving.engines import Engines
 from serving.errors import DamagedRelease
 from serving.linear import LinearStudent
-from serving.lm import LmStudent
 from serving.releases import Release
+from serving.served import is_served, read_plan, served_student
 from serving.student import Student
 from serving.tally import Metering
 
@@ -20,8 +20,8 @@ def load_student(release: Release, metering: Metering, engines: Engines) -> Stud
     kind = release.card.get("student")
     if kind == "linear":
         return LinearStudent.load(release.files)
-    if kind == "lm":
-        return LmStudent.load(release.files, metering)
+    if is_served(release):
+        return served_student(read_plan(release.files), metering)
     raise DamagedRelease(
         f"release {release.name} of task {release.task} holds a student of kind {kind!r}, "
         "which this version can't serve"

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,53 @@ def serve() -> Iterator[Callable[..., str]]:
     for _, thread in running:
         thread.join(timeout=20)
         assert not thread.is_alive(), "a server didn't stop within 20 s"
+
+
+@pytest.fixture
+def classifier(serve: Callable[..., str]) -> Callable[..., str]:
+    """Serve `/classify` as vLLM's pooling runner does; gives the base URL of its `/v1`.
+
+    `classify` makes of a text the probabilities of `labels`, or a whole answer: a status and a body.
+    """
+
+    def start(classify: Callable[[str], list[float] | tuple[int, Any]], labels: Sequence[str]) -> str:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] != "http":
+                return
+            raw = b""
+            while True:
+                message = await receive()
+                raw += message.get("body", b"")
+                if not message.get("more_body"):
+                    break
+            asked = json.loads(raw)
+            made = (
+                classify(asked["input"]) if scope["path"] == "/classify" else (404, {"detail": "Not Found"})
+            )
+            status, body = (
+                made if isinstance(made, tuple) else (200, _classified(made, labels, asked["model"]))
+            )
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": data})
+
+        return f"{serve(app, lifespan='off')}/v1"
+
+    return start
+
+
+def _classified(probs: list[float], labels: Sequence[str], model: str) -> dict[str, Any]:
+    item = {"index": 0, "label": labels[max(range(len(probs)), key=probs.__getitem__)]}
+    usage = {"prompt_tokens": 5, "total_tokens": 5, "completion_tokens": 0}
+    return {
+        "id": "classify-1",
+        "object": "list",
+        "created": 1,
+        "model": model,
+        "data": [{**item, "probs": probs, "num_classes": len(probs)}],
+        "usage": usage,
+    }
 
 
 class ForgetfulDisk(Disk):

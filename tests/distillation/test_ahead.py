@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distillation.ahead import Ahead
 from distillation.dataset import Row
-from distillation.lm_release import Answered, LmRelease, read_lm_release
+from distillation.served_release import Answered, ServedRelease, read_served_release
 from routers.confidence import Confidence
 from routers.foresight import WIDTH, Foresight
 from routers.router import Router
@@ -25,7 +25,7 @@ def row(id: str) -> Row:
 def test_a_language_models_release_skips_too(tmp_path: Path) -> None:
     answer = StudentAnswer("small", [{"message": {"content": "late"}}], None, 0.5, 9.0)
     answered = {id: Answered(answer, "late", True) for id in ("shown", "skipped", "new")}
-    release = LmRelease(
+    release = ServedRelease(
         LmPlan(base_url="http://localhost/v1", model="small"),
         Router(Confidence.of_score(1.0, 0.0), rank_threshold=1.0),
         {"shown": (9.0, "late"), "skipped": (9.0, "late")},
@@ -34,7 +34,7 @@ def test_a_language_models_release_skips_too(tmp_path: Path) -> None:
     )
     store = ReleaseStore(tmp_path)
     name = store.write("intents", release.files(), {"student": "lm"})
-    again = read_lm_release(store.read("intents", name), answered)
+    again = read_served_release(store.read("intents", name), answered)
     assert again.ahead == release.ahead
     for one in (release, again):
         # Of rows it was fitted on, by models that weren't; of others by itself.

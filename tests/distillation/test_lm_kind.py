@@ -19,7 +19,7 @@ from distillation.dataset import Row
 from distillation.economics import summarise
 from distillation.journal import LookJournal
 from distillation.learning import Lesson, learn
-from distillation.lm_release import Answered, LmRelease, read_lm_release
+from distillation.served_release import Answered, ServedRelease, read_served_release
 from routers.confidence import Confidence
 from routers.router import Router
 from serving.errors import DamagedRelease
@@ -328,7 +328,7 @@ class TestAsServed:
         def redone(text: str, checkpoint: dict[str, Any]) -> str:
             choices = [{"index": 0, "message": {"content": text}, "finish_reason": "stop"}]
             answer = StudentAnswer("small", choices, None, 0.1, 9.0, signals={}, checkpoints=[checkpoint])
-            past = LmRelease(plan, router, {}, {"a": Answered(answer, text, True)})
+            past = ServedRelease(plan, router, {}, {"a": Answered(answer, text, True)})
             row = Row("a", "text", text, [], None, None, "big", None, {"messages": [], "stream": True})
             found = past.redo(row)
             assert found is not None
@@ -393,7 +393,7 @@ class TestLater:
         release: str, state: Path, made: list[Exchange], lines: list[Said], audited: int
     ) -> list[Exchange]:
         """What the gateway would have logged: every `audited`th accepted one was audited."""
-        past = read_lm_release(ReleaseStore(state).read("intents", release), {})
+        past = read_served_release(ReleaseStore(state).read("intents", release), {})
         logged = []
         for number, (exchange, one) in enumerate(zip(made, lines, strict=True)):
             score = math.log(one.confidence / (1 - one.confidence))
@@ -464,7 +464,7 @@ class TestLater:
         lesson(settings(state, server.url))
         release = ReleaseStore(state).read("intents", "r0001")
         sure = Answered(StudentAnswer("small", [], None, 0.1, 9.0, signals={}), "card", True)
-        past = read_lm_release(release, {"new": sure, "own": sure})
+        past = read_served_release(release, {"new": sure, "own": sure})
         row = Row("new", "text", "card", [], None, None, "big", None, {"messages": []})
         assert past.accepts_row(row)
         assert not past.accepts_row(dataclasses.replace(row, id="refused"))
@@ -484,4 +484,4 @@ class TestLater:
         lesson(settings(state, server.url))
         ReleaseStore(state).rewrite("intents", "r0001", {"held_out.json": b"[1]"})
         with pytest.raises(DamagedRelease, match=r"held_out\.json"):
-            read_lm_release(ReleaseStore(state).read("intents", "r0001"), {})
+            read_served_release(ReleaseStore(state).read("intents", "r0001"), {})

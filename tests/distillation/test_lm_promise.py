@@ -9,8 +9,8 @@ import numpy as np
 from distillation.as_served import Known, as_served, columns
 from distillation.dataset import Dataset, Row, Traffic
 from distillation.gate import judge
-from distillation.lm_release import Answered, LmRelease, is_streamed, stopping
 from distillation.scored import Scored
+from distillation.served_release import Answered, ServedRelease, is_streamed, stopping
 from routers.promise import binomial_tail
 from serving.exchange import StudentAnswer
 from serving.lm_plan import LmPlan
@@ -37,7 +37,7 @@ def drawn(count: int, chance: np.random.Generator, first: int = 0) -> tuple[list
     return rows, answered
 
 
-def release(seed: int, *, as_it_is_served: bool = True) -> tuple[LmRelease | None, np.random.Generator]:
+def release(seed: int, *, as_it_is_served: bool = True) -> tuple[ServedRelease | None, np.random.Generator]:
     """What a look at so many labels releases. Planted: every row is judged by its whole answer, streams too."""
     chance = np.random.default_rng(seed)
     rows, answered = drawn(LABELS, chance)
@@ -52,7 +52,7 @@ def release(seed: int, *, as_it_is_served: bool = True) -> tuple[LmRelease | Non
     look = judge(
         Dataset(rows, {None: Traffic(LABELS, 0, 0.05 * LABELS)}),
         Scored(scores, signals, keys, agreed),
-        lambda router, held_out, below, *_: LmRelease(stopping(PLAN, below), router, held_out, answered),
+        lambda router, held_out, below, *_: ServedRelease(stopping(PLAN, below), router, held_out, answered),
         {},
         POLICY,
         number=1,
@@ -68,7 +68,7 @@ def broken(seed: int, *, as_it_is_served: bool = True) -> bool | None:
     if made is None:
         return None
     rows, answered = drawn(FRESH, chance, first=LABELS)
-    live = LmRelease(made.plan, made.router, {}, answered)
+    live = ServedRelease(made.plan, made.router, {}, answered)
     accepted = [answered[row.id].agreed for row in rows if live.accepts_row(row)]
     # By more than chance could do on so much fresh traffic, two standard errors.
     slack = 2 * math.sqrt(0.1 * 0.9 / max(1, len(accepted)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from distillation.dataset import Row
-from distillation.lm_release import Answered, LmRelease, read_lm_release
 from distillation.refused import Refused
+from distillation.served_release import Answered, ServedRelease, read_served_release
 from routers.confidence import Confidence
 from routers.router import Router
 from serving.exchange import StudentAnswer
@@ -18,7 +18,7 @@ def test_a_language_models_release_goes_by_other_rows_too(tmp_path: Path) -> Non
     answer = StudentAnswer("small", [{"message": {"content": "late"}}], None, 0.5, 9.0)
     keys = {"own": "late", "refused": "early", "escalated": "never", "new": "late", "as new": "early"}
     answered = {id: Answered(answer, key, True) for id, key in keys.items()}
-    release = LmRelease(
+    release = ServedRelease(
         LmPlan(base_url="http://localhost/v1", model="small"),
         Router(
             Confidence.of_score(1.0, 0.0),
@@ -32,7 +32,7 @@ def test_a_language_models_release_goes_by_other_rows_too(tmp_path: Path) -> Non
     )
     store = ReleaseStore(tmp_path)
     name = store.write("intents", release.files(), {"student": "lm"})
-    again = read_lm_release(store.read("intents", name), answered)
+    again = read_served_release(store.read("intents", name), answered)
     assert again.refused == release.refused
     for one in (release, again):
         reasons = {}

@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from gateway.doctor_local import check_configuration, check_disk
 from gateway.doctor_remote import check_redis
 from gateway.doctor_student import check_students
+from gateway.finding import Finding
 from serving.recording import Recorded, Recording
 from serving.settings import (
     CacheSettings,
@@ -238,6 +239,19 @@ def test_a_student_behind_a_server(
     assert (found.check, found.verdict) == ("student", verdict)
     assert found.said.startswith(said)
     assert (found.advice is None) == (verdict == "ok")
+
+
+def test_a_served_classifier(classifier: Start) -> None:
+    def found(labels: tuple[str, str]) -> Finding:
+        url = classifier(lambda _: [0.9, 0.1], labels)
+        choice = StudentChoice(kind="encoder", base_url=url, model="bert")
+        (said,) = asyncio.run(check_students(Settings(task=[TaskSettings(name="a", student=choice)])))
+        return said
+
+    well, nameless = found(("yes", "no")), found(("LABEL_0", "LABEL_1"))
+    assert (well.verdict, well.said.startswith("'bert' answered in ")) == ("ok", True)
+    assert nameless.verdict == "problem"
+    assert "must carry id2label" in nameless.said
 
 
 def test_the_command_asks_students(doctor: Start, stand_in: Start) -> None:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from serving.classify_plan import ClassifyPlan
 from serving.configuration import load_settings
 from serving.errors import ConfigError
 from serving.lm_plan import LmPlan
@@ -321,6 +322,13 @@ class TestStudents:
         with pytest.raises(ValueError, match="'linear' isn't asked over HTTP"):
             LmPlan.of(StudentChoice())
 
+    def test_an_encoder_behind_a_server(self) -> None:
+        choice = StudentChoice(**{**self.LM, "kind": "encoder"}, sees="last", timeout_s=3.0)
+        plan = ClassifyPlan.of(choice)
+        assert plan == ClassifyPlan("http://localhost:8000/v1", "small", timeout_s=3.0, sees="last")
+        with pytest.raises(ValueError, match="'lm' isn't asked by /classify"):
+            ClassifyPlan.of(StudentChoice(**self.LM))
+
     def test_from_a_file(self, tmp_path: Path) -> None:
         file = tmp_path / "understudy.toml"
         file.write_text(
@@ -341,7 +349,15 @@ class TestStudents:
                 '{ kind = "lm", base_url = "http://x/v1", model = "m", sees = "last" }',
                 'of kind "lm" has no sees',
             ),
-            ('{ model = "m" }', 'a student of kind "linear" has no model: that is for students of kind "lm"'),
+            (
+                '{ model = "m" }',
+                'a student of kind "linear" has no model: that is for students of kind "encoder" or "lm"',
+            ),
+            ('{ kind = "encoder" }', 'a student of kind "encoder" needs base_url and model'),
+            (
+                '{ kind = "encoder", base_url = "http://x/v1", model = "m", samples = 3 }',
+                'a student of kind "encoder" has no samples: that is for students of kind "lm"',
+            ),
             ('{ kind = "big" }', "student.kind = 'big'"),
             ('{ kind = "lm", base_url = "x", model = "m" }', "should begin with http:// or https://"),
             ('{ kind = "lm", base_url = "http://x", model = "m", checkpoints = [0] }', "each at least 1"),

@@ -1,4 +1,4 @@
-"""Learning about the student `lm`: the model is given and served elsewhere, and saw none of the labels.
+"""Learning about a student whose model is given, and served elsewhere, and saw none of the labels.
 
 What is learned is when to trust it: the confidence, the threshold, the answers' rules, and which generations to give
 up. That only holds for rows it wasn't trained on: what was logged until `student.trained_until` is left out, labels and
@@ -20,22 +20,29 @@ from distillation.as_served import AsServed, Known, as_served, columns
 from distillation.asking import ask
 from distillation.dataset import Dataset, Row, dataset_of
 from distillation.kind import Progress, StudentSilent
-from distillation.lm_release import Answered, LmRelease, is_streamed, read_lm_release, stopping, student_id
 from distillation.named_answers import answer_terms
 from distillation.past import Past, read_past, redoable
 from distillation.refused import Refused
 from distillation.scored import Scored
+from distillation.served_release import (
+    Answered,
+    ServedRelease,
+    is_streamed,
+    read_served_release,
+    stopping,
+    student_id,
+)
 from routers.foresight_fit import Stakes
 from routers.meter import TokenMeter
 from routers.router import Router
 from serving.agreement import comparison
 from serving.beginning import may_become
+from serving.classify_plan import ClassifyPlan
 from serving.errors import DamagedRelease, UnknownRelease
 from serving.exchange import Exchange, Json, StudentAnswer
-from serving.lm import LmStudent
-from serving.lm_plan import LmPlan
 from serving.redaction import Redactor
 from serving.releases import Release, ReleaseStore
+from serving.served import is_served, plan_of, read_plan, served_student
 from serving.settings import Settings, TaskSettings
 from serving.student_answers import StudentAnswers
 
@@ -43,8 +50,8 @@ if TYPE_CHECKING:
     from distillation.gate import HeldOut, Look  # scikit-learn: imported only once a look is due
 
 
-class LmKind:
-    """The student `lm` of one task. Make it before the log is read."""
+class ServedKind:
+    """The student of one task: an `lm`, or an `encoder` behind a server. Make it before the log is read."""
 
     def __init__(self, settings: Settings, store: ReleaseStore, policy: TaskSettings) -> None:
         self._redact = sorted(settings.log.redact)
@@ -52,12 +59,12 @@ class LmKind:
         self._store = store
         self._policy = policy
         self._comparing = comparison(policy.agreement)
-        self._plan = LmPlan.of(policy.student)
+        self._plan = plan_of(policy.student)
         self._kept = StudentAnswers(settings.state_dir, policy.name, student_id(self._plan, self._redact))
         self._answered: dict[str, Answered] = {}
 
     def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
-        """Rows by what the model supports, after the time until which it was trained."""
+        """Rows by what the student supports, after the time until which it was trained."""
         return dataset_of(exchanges, self._policy)
 
     def prepare(
@@ -139,6 +146,7 @@ class LmKind:
         until = self._policy.student.trained_until
         return {
             "model": self._plan.model,
+            "sees": self._plan.sees if isinstance(self._plan, ClassifyPlan) else "request",
             "trained_until": None if until is None else until.isoformat(),
             "refused": sum(row.id not in self._answered for row in dataset.rows),
             "gives_up": self._saved(dataset, look),
@@ -175,9 +183,9 @@ class LmKind:
 
     def _release(
         self, router: Router, held_out: HeldOut, below: float | None, ahead: Ahead, refused: Refused
-    ) -> LmRelease:
+    ) -> ServedRelease:
         plan = stopping(self._plan, below)
-        return LmRelease(plan, router, held_out, self._answered, ahead=ahead, refused=refused)
+        return ServedRelease(plan, router, held_out, self._answered, ahead=ahead, refused=refused)
 
     async def _ask(self, rows: Sequence[Row], answers: dict[str, StudentAnswer], progress: Progress) -> None:
         """Ask about rows, and keep what comes: as the log would, with what `log.redact` names replaced."""
@@ -188,7 +196,7 @@ class LmKind:
             answers[row.id] = answer
             self._kept.append(row.id, row.created, answer)
 
-        student = LmStudent.of(self._plan, TokenMeter)
+        student = served_student(self._plan, TokenMeter)
         try:
             await ask(student, rows, keep, progress=lambda said: progress(f"{self._policy.name}: {said}"))
         finally:
@@ -214,14 +222,14 @@ class LmKind:
         return own
 
     def _is_own(self, release: Release) -> bool:
-        if release.card.get("student") != "lm":
+        if not is_served(release):
             return False
         seen_by = release.card.get("redact", [])
-        return student_id(LmPlan.load(release.files), seen_by) == self._kept.student
+        return student_id(read_plan(release.files), seen_by) == self._kept.student
 
-    def release(self, name: str) -> LmRelease:
+    def release(self, name: str) -> ServedRelease:
         """A release of this very student, by the answers that `prepare` has gathered. Raises as `own` does."""
-        return read_lm_release(self.own(name), self._answered)
+        return read_served_release(self.own(name), self._answered)
 
     def own(self, name: str) -> Release:
         """A release of this very student, as it lies on disk.
@@ -238,11 +246,11 @@ class LmKind:
 
     def _read(self, name: str, own: set[str]) -> Past:
         release = self._store.read(self._policy.name, name)
-        if release.card.get("student") != "lm":
+        if not is_served(release):
             return read_past(self._store, self._policy.name, name)
         if name not in own:
             raise DamagedRelease("its student is another model, or asked otherwise, than student says today")
-        return read_lm_release(release, self._answered)
+        return read_served_release(release, self._answered)
 
 
 def _logged(exchanges: Sequence[Exchange], own: set[str]) -> dict[str, StudentAnswer]:

@@ -1,4 +1,4 @@
-"""Releases whose student is `lm`: what they keep, and redoing their decisions."""
+"""Releases whose student is served elsewhere: what they keep, and redoing their decisions."""
 
 from __future__ import annotations
 
@@ -19,24 +19,17 @@ from serving.errors import DamagedRelease
 from serving.exchange import StudentAnswer
 from serving.lm_plan import LmPlan
 from serving.releases import HELD_OUT_FILE, Release
+from serving.served import ServedPlan, read_plan
 
 HeldOut = Mapping[str, tuple[float, str | None]]
 
 
-def student_id(plan: LmPlan, redact: Sequence[str]) -> str:
+def student_id(plan: ServedPlan, redact: Sequence[str]) -> str:
     """The name under which a student's answers are kept: of all that they depend on, 16 hex digits.
 
-    `redact` is what it doesn't get to see. Where its answers are judged, and how long they may take, isn't among it.
+    `redact` is what it doesn't get to see. How long an answer may take isn't among it.
     """
-    asked = {
-        "base_url": plan.base_url,
-        "model": plan.model,
-        "marks": plan.marks,
-        "max_tokens": plan.max_tokens,
-        "top_logprobs": plan.top_logprobs,
-        "samples": plan.samples,
-        "redact": sorted(redact),
-    }
+    asked = {**plan.asked(), "redact": sorted(redact)}
     return hashlib.sha256(orjson.dumps(asked)).hexdigest()[:16]
 
 
@@ -50,7 +43,7 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
-class LmRelease:
+class ServedRelease:
     """A release's plan and router, how it ranked the rows its confidence was fitted on, and the student's answers.
 
     `held_out` maps the ids of those rows to the rank and answer key that they were tested with: −∞ for one that was
@@ -59,7 +52,7 @@ class LmRelease:
     other rows' vetoes. What `ahead` skips is never accepted.
     """
 
-    plan: LmPlan
+    plan: ServedPlan
     router: Router
     held_out: HeldOut
     answered: Mapping[str, Answered]
@@ -103,7 +96,7 @@ class LmRelease:
         return any(self.router.confidence.rank(early.score, early.signals) < cut for early in served.early)
 
     def files(self) -> dict[str, bytes]:
-        """The whole as files of a release; `read_lm_release` reads them back."""
+        """The whole as files of a release; `read_served_release` reads them back."""
         return {
             **self.plan.files(),
             ROUTER_FILE: self.router.dump(),
@@ -113,7 +106,7 @@ class LmRelease:
         }
 
 
-def read_lm_release(release: Release, answered: Mapping[str, Answered]) -> LmRelease:
+def read_served_release(release: Release, answered: Mapping[str, Answered]) -> ServedRelease:
     """A release of the store, with its student's answers by row. Raises DamagedRelease."""
     try:
         held_out = {
@@ -125,8 +118,8 @@ def read_lm_release(release: Release, answered: Mapping[str, Answered]) -> LmRel
         raise DamagedRelease(
             f"release {release.name} of task {release.task}: {HELD_OUT_FILE} can't be read: {error}"
         ) from error
-    return LmRelease(
-        LmPlan.load(release.files),
+    return ServedRelease(
+        read_plan(release.files),
         router,
         held_out,
         answered,
@@ -136,9 +129,9 @@ def read_lm_release(release: Release, answered: Mapping[str, Answered]) -> LmRel
     )
 
 
-def stopping(plan: LmPlan, below: float | None) -> LmPlan:
-    """The plan of a release that gives generations up below this rank."""
-    return replace(plan, stop_below=below)
+def stopping(plan: ServedPlan, below: float | None) -> ServedPlan:
+    """The plan of a release that gives generations up below this rank; only an `lm` has any."""
+    return replace(plan, stop_below=below) if isinstance(plan, LmPlan) else plan
 
 
 def is_streamed(row: Row) -> bool:

@@ -1,4 +1,4 @@
-"""Labels for a release of the kind `lm`, whose student is served elsewhere."""
+"""Labels for a release whose student is served elsewhere."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 from distillation.dataset import Dataset
 from distillation.journal import LookJournal
-from distillation.lm_kind import LmKind
 from distillation.past import Past
+from distillation.served_kind import ServedKind
 from serving.errors import UnderstudyError
 from serving.exchange import Exchange
 from serving.releases import ReleaseStore
 from serving.settings import Settings
 
 
-class LmSource:
-    """What `samples.LabelSource` is to a language model. Raises DamagedRelease for a release of another one.
+class ServedSource:
+    """What `samples.LabelSource` is to such a student. Raises DamagedRelease for a release of another one.
 
     Answers that it hasn't given yet are asked for and kept, as learning does: without those that were given up or
     skipped it would look better than it is.
@@ -23,12 +23,12 @@ class LmSource:
 
     def __init__(self, settings: Settings, store: ReleaseStore, task: str, name: str) -> None:
         policy = settings.for_task(task)
-        if policy.student.kind != "lm":
+        if not policy.student.served:
             raise UnderstudyError(
-                f"the student of {name} is a language model, and the configuration of task {task} says "
+                f"the student of {name} is served elsewhere, and the configuration of task {task} says "
                 f"{policy.student.kind!r}: set student as it was when {name} was made"
             )
-        self._kind = LmKind(settings, store, policy)
+        self._kind = ServedKind(settings, store, policy)
         self._journal = LookJournal(settings.state_dir, task)
         self._name = name
         self._kind.own(name)  # before anybody is asked anything
