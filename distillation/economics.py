@@ -27,7 +27,7 @@ _SEE_MORE = 'student.sees = "last" or "conversation" would see them'
 
 @dataclass(frozen=True, slots=True)
 class Spared:
-    """What skipping the student has spared, estimated by what it takes on average: requests, its seconds, and USD."""
+    """What skipping the student has spared: requests, and by what they take on average its device's seconds and USD."""
 
     requests: int
     seconds: float
@@ -117,7 +117,7 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
         sees="request" if policy.student.kind == "lm" else policy.student.sees,
         watched=watched(settings, task, live, read.exchanges),
         withdrawn=withdrawn,
-        spared=_spared(read.exchanges, settings.student.usd_per_hour),
+        spared=_spared(read.exchanges),
         unknown=never_given(policy, answers),
         unusable=_unusable(ReleaseStore(settings.state_dir), task),
         noise=dataset.noise if dataset.noise.asked else None,
@@ -135,13 +135,16 @@ def _unusable(store: ReleaseStore, task: str) -> str | None:
     return None
 
 
-def _spared(exchanges: Sequence[Exchange], usd_per_hour: float) -> Spared | None:
+def _spared(exchanges: Sequence[Exchange]) -> Spared | None:
     skipped = sum(exchange.reason == "skipped" for exchange in exchanges)
     if not skipped:
         return None
-    took = [e.student.latency_s for e in exchanges if e.student is not None and not e.replayed]
-    seconds = skipped * sum(took) / len(took) if took else 0.0
-    return Spared(skipped, seconds, seconds * usd_per_hour / 3600)
+    given = [e.student for e in exchanges if e.student is not None and not e.replayed]
+    if not given:
+        return Spared(skipped, 0.0, 0.0)
+    seconds = sum(answer.took_s for answer in given) / len(given)
+    usd = sum(answer.cost_usd or 0.0 for answer in given) / len(given)
+    return Spared(skipped, skipped * seconds, skipped * usd)
 
 
 def _paid_for(exchange: Exchange) -> bool:

@@ -10,7 +10,7 @@ from distillation.dataset import Dataset, dataset_of
 from distillation.past import Past, read_past, redoable
 from routers.foresight_fit import Stakes
 from serving.errors import UnderstudyError
-from serving.exchange import Exchange, Json
+from serving.exchange import Exchange, Json, StudentAnswer
 from serving.releases import ReleaseStore
 from serving.settings import TaskSettings
 
@@ -40,8 +40,8 @@ class Kind(Protocol):
         """
         ...
 
-    def seconds(self, exchanges: Sequence[Exchange]) -> list[float]:
-        """How long this student took for the answers it has given, as far as that is known once it is prepared."""
+    def given(self, exchanges: Sequence[Exchange]) -> list[StudentAnswer]:
+        """The answers this student has given, as far as they are known once it is prepared: what it takes and costs."""
         ...
 
     def look(
@@ -80,10 +80,10 @@ class LinearKind:
         read = partial(read_past, self._store, self._policy.name)
         return redoable(read, self._policy.name, dataset, progress)
 
-    def seconds(self, exchanges: Sequence[Exchange]) -> list[float]:
+    def given(self, exchanges: Sequence[Exchange]) -> list[StudentAnswer]:
         """By the log."""
         answers = [exchange.student for exchange in exchanges if not exchange.replayed]
-        return [one.latency_s for one in answers if one is not None and one.model == "linear"]
+        return [one for one in answers if one is not None and one.model == "linear"]
 
     def look(
         self,

@@ -140,7 +140,7 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         if betting:
             last = max(one.created for one in exchanges)
             return _freeze(task, candidates, dataset, past, journal, policy, last, read_at, progress)
-        stakes = stakes_of(exchanges, kind.seconds(exchanges), settings.student)
+        stakes = stakes_of(exchanges, kind.given(exchanges), settings.student, policy.student)
         return _look(settings, task, kind, dataset, past, journal, policy, stakes, fence, read_at, progress)
 
 

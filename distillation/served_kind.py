@@ -91,9 +91,9 @@ class ServedKind:
             )
         return redoable(lambda name: self._read(name, own), self._policy.name, dataset, progress)
 
-    def seconds(self, exchanges: Sequence[Exchange]) -> list[float]:
-        """By its answers to the rows, whether it gave them then or was asked now."""
-        return [one.answer.latency_s for one in self._answered.values()]
+    def given(self, exchanges: Sequence[Exchange]) -> list[StudentAnswer]:
+        """Its answers to the rows, whether it gave them then or was asked now."""
+        return [one.answer for one in self._answered.values()]
 
     def look(
         self,

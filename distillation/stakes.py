@@ -7,26 +7,33 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from routers.foresight_fit import Stakes
-from serving.exchange import Exchange
-from serving.settings import StudentSettings
+from serving.exchange import Exchange, StudentAnswer
+from serving.settings import StudentChoice, StudentSettings
+from serving.student_price import StudentPrices
 
 
 def stakes_of(
-    exchanges: Iterable[Exchange], student_s: Sequence[float], student: StudentSettings
+    exchanges: Iterable[Exchange],
+    given: Sequence[StudentAnswer],
+    student: StudentSettings,
+    choice: StudentChoice,
 ) -> Stakes | None:
-    """The averages, given how long the student took for its answers; None as long as one of them isn't known."""
+    """The averages, by the answers a student has `given`; None as long as one of them isn't known.
+
+    A client waits for the whole of an answer, and pays for its share of what the student runs on.
+    """
     teachers = [
         exchange.teacher
         for exchange in exchanges
         if exchange.teacher is not None and not exchange.replayed  # then nobody was asked
     ]
     priced = [teacher for teacher in teachers if teacher.cost_usd is not None]
-    if not student_s or not priced:
+    if not given or not priced:
         return None
-    seconds = float(np.mean(student_s))
+    prices = StudentPrices(student)
     return Stakes(
-        student_s=seconds,
-        student_usd=seconds * student.usd_per_hour / 3600,
+        student_s=float(np.mean([answer.latency_s for answer in given])),
+        student_usd=float(np.mean([prices.usd(answer, choice.kind, choice) for answer in given])),
         teacher_s=float(np.mean([teacher.latency_s for teacher in priced])),
         teacher_usd=float(np.mean([teacher.cost_usd or 0.0 for teacher in priced])),
         waiting_usd_per_s=student.waiting_usd_per_hour / 3600,

@@ -42,7 +42,7 @@ class CommittedStream:
         except Exception as error:
             raise self._broke_off(error) from error
         finally:
-            self._ledger.student_said(self._turn, self._generation)
+            self._ledger.student_said(self._turn, self._generation.answer())
         usage = self._turn.student.usage if self._turn.student else None
         if usage is not None:
             data = self._data([], usage=usage)
@@ -66,12 +66,12 @@ class CommittedStream:
         """Have the student stop, if it hasn't come to the end."""
         await self._generation.stop()
         if not self._generation.over:
-            self._ledger.student_said(self._turn, self._generation)
+            self._ledger.student_said(self._turn, self._generation.answer())
 
     def _broke_off(self, error: Exception) -> UpstreamError:
         """Count an answer that didn't come to its end; return what its client is told."""
         turn = self._turn
-        self._ledger.student_said(turn, self._generation)
+        self._ledger.student_said(turn, self._generation.answer())
         self._ledger.given_up(turn)
         self._metrics.record_upstream_error("student", "broken")
         if not isinstance(error, UnderstudyError):

@@ -8,7 +8,6 @@ server cuts them into chunks.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
@@ -29,8 +28,6 @@ class Generation:
         self._stream = stream
         self._pieces = aiter(stream)
         self._held: list[list[Json]] = []
-        self._began = time.perf_counter()
-        self._ended: float | None = None
         self._unheard: asyncio.Task[None] | None = None
 
     @property
@@ -76,14 +73,9 @@ class Generation:
         """The answer as far as it has come."""
         return self._stream.answer()
 
-    def seconds(self) -> float:
-        """How long the student has been at it."""
-        return (time.perf_counter() if self._ended is None else self._ended) - self._began
-
     async def stop(self, *, failed: bool = False) -> None:
         """Have the student stop, if it hasn't come to the end. `failed`: because it took too long."""
         self.abandon()
-        self._ended = self._ended or time.perf_counter()
         await self._stream.aclose(failed=failed)
 
     def go_on(self, *, patience_s: float) -> asyncio.Task[None]:
@@ -96,7 +88,6 @@ class Generation:
                         pass
                 self._end()
             finally:
-                self._ended = self._ended or time.perf_counter()
                 await self._stream.aclose()
 
         self._unheard = asyncio.get_running_loop().create_task(finish())
@@ -108,10 +99,10 @@ class Generation:
             await asyncio.wait([self._unheard])
         return self.over
 
-    def when_finished(self, tell: Callable[[], None]) -> None:
-        """Call `tell` if what goes on comes to a whole answer."""
+    def when_ended(self, tell: Callable[[], None]) -> None:
+        """Call `tell` when what goes on has come to its end, whole or not."""
         if self._unheard is not None:
-            self._unheard.add_done_callback(lambda _: tell() if self.over else None)
+            self._unheard.add_done_callback(lambda _: tell())
 
     def abandon(self) -> None:
         """Stop what goes on: its request counts for nothing any more."""
@@ -120,4 +111,3 @@ class Generation:
 
     def _end(self) -> None:
         self.over = True
-        self._ended = self._ended or time.perf_counter()

@@ -9,7 +9,6 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from gateway.generation import Generation
 from gateway.metrics import Metrics
 from gateway.turn import Turn
 from serving import events
@@ -18,6 +17,7 @@ from serving.exchange import Json, StudentAnswer, TeacherAnswer
 from serving.log import EventLog
 from serving.pricing import PriceList
 from serving.redaction import Redactor
+from serving.student_price import StudentPrices
 
 log = logging.getLogger("understudy.log")
 
@@ -38,7 +38,7 @@ class Ledger:
         metrics: Metrics,
         prices: PriceList,
         *,
-        student_usd_per_hour: float,
+        student_prices: StudentPrices,
         teacher_model: str | None,
         max_wait_s: float,
         redactor: Redactor | None = None,
@@ -46,7 +46,7 @@ class Ledger:
         self._log = event_log
         self._metrics = metrics
         self._prices = prices
-        self._student_usd_per_s = student_usd_per_hour / 3600
+        self._student_prices = student_prices
         self._teacher_model = teacher_model
         self._max_wait_s = max_wait_s
         self._redactor = redactor
@@ -54,15 +54,27 @@ class Ledger:
         self._complained_at = -_COMPLAIN_EVERY_S
         self._background: set[asyncio.Task[bool]] = set()
 
-    def priced(self, answer: StudentAnswer, seconds: float) -> StudentAnswer:
-        """Return the student's answer with what its machine cost for so many seconds."""
-        return dataclasses.replace(answer, cost_usd=seconds * self._student_usd_per_s)
-
-    def student_said(self, turn: Turn, generation: Generation) -> None:
-        """Note what has come of a student's answer so far, and what it cost."""
-        answer = generation.answer()
+    def student_said(self, turn: Turn, answer: StudentAnswer) -> None:
+        """Note what has come of the student's answer so far, and what it cost. May be told again as it grows."""
+        usd = self._student_took(turn, answer)
         if answer.choices:
-            turn.student = self.priced(answer, generation.seconds())
+            turn.student = dataclasses.replace(answer, cost_usd=usd)
+
+    def _student_took(self, turn: Turn, answer: StudentAnswer) -> float:
+        """Count what the student has done for the request since this was last asked; what it cost so far in all."""
+        if turn.release is None:
+            raise RuntimeError("no student was asked")
+        usage = answer.usage if answer.choices else None
+        self._metrics.record_student(
+            turn.task,
+            answers=bool(answer.choices) and turn.student is None,
+            seconds=answer.took_s - turn.device_s,
+            usage=usage,
+            counted=turn.student.usage if turn.student is not None else None,
+        )
+        turn.device_s = answer.took_s
+        turn.student_usd = self._student_prices.usd(answer, turn.release.kind, turn.policy.student)
+        return turn.student_usd
 
     def settle(self, turn: Turn) -> None:
         """Work out and count what the request cost, once its answer is whole, whether or not it arrives.
@@ -70,7 +82,7 @@ class Ledger:
         That is the answer given and, if it was rejected, the student's as well.
         """
         turn.asking = False
-        student = turn.student.cost_usd if turn.student else None
+        student = turn.student_usd
         if turn.route == "cache":
             turn.cost_usd = 0.0
         elif turn.route == "student":
@@ -123,20 +135,22 @@ class Ledger:
             turn.generation.abandon()
         if turn.cost_usd is not None:
             return self.broken_off(turn)
-        student = turn.student
-        if student is not None and student.cost_usd:
-            self._metrics.record_spending(turn.task, turn.route, student.cost_usd, None)
-            turn.cost_usd = student.cost_usd
+        if turn.generation is not None:
+            self.student_said(turn, turn.generation.answer())
+        if turn.student_usd:
+            self._metrics.record_spending(turn.task, turn.route, turn.student_usd, None)
+            turn.cost_usd = turn.student_usd
         teacher = self.broken_off(turn)
         return teacher if turn.cost_usd is None else turn.cost_usd + (teacher or 0.0)
 
-    def completed(self, turn: Turn, answer: StudentAnswer, seconds: float) -> None:
-        """Note what a student has said in the end whose answer wasn't waited for."""
-        student = self.priced(answer, seconds)
-        known = turn.student.cost_usd if turn.student is not None else None
-        usd = (student.cost_usd or 0.0) - (known or 0.0)
+    def completed(self, turn: Turn, answer: StudentAnswer) -> None:
+        """Note what a student has come to whose answer wasn't waited for; one that broke off only costs."""
+        known = turn.student_usd or 0.0
+        student = dataclasses.replace(answer, cost_usd=self._student_took(turn, answer))
+        usd = (student.cost_usd or 0.0) - known
         self._metrics.record_late_cost(turn.task, turn.route, usd)
-        if turn.storable and turn.release is not None and turn.teacher is not None:
+        told = turn.storable and answer.complete
+        if told and turn.release is not None and turn.teacher is not None:
             agreement = turn.release.comparison.agree(student.choices, turn.teacher.choices)
             self.later(
                 turn.task,

@@ -42,13 +42,14 @@ class LiveRelease:
     """One release that answers. Only `accepted_audits` and `drift` ever change.
 
     `drift` follows its confidence; None where it isn't known from the test, or isn't that of all requests.
-    `checksum` is its card's: names and generations are counted anew in every state directory.
+    `checksum` is its card's: names and generations are counted anew in every state directory. `kind` is its student's.
     """
 
     task: str
     name: str
     generation: int
     checksum: str
+    kind: str
     student: Student
     router: Router
     comparison: Comparison
@@ -174,6 +175,7 @@ class LiveReleases:
             name=release.name,
             generation=live.generation,
             checksum=release.card["checksum"],
+            kind=release.card["student"],
             student=GuardedStudent(load_student(release, TokenMeter, self._engines)),
             router=router,
             comparison=self._tasks.comparison(task),

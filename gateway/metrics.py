@@ -76,6 +76,15 @@ class Metrics:
         self._threshold = self._gauge(
             names.METRIC_THRESHOLD, "The confidence from which the student's answer is served.", ("task",)
         )
+        self._student_answers = self._counter(
+            names.METRIC_STUDENT_ANSWERS, "Answers of students, whether or not they were served.", ("task",)
+        )
+        self._student_tokens = self._counter(
+            names.METRIC_STUDENT_TOKENS, "Output tokens of those answers.", ("task",)
+        )
+        self._student_device = self._counter(
+            names.METRIC_STUDENT_DEVICE, "Seconds that what students run on worked for them.", ("task",)
+        )
         self._spared = self._counter(
             names.METRIC_STUDENT_SPARED,
             "Time of the student's that skipping it spared, estimated.",
@@ -154,6 +163,7 @@ class Metrics:
         self._spending_series: dict[tuple[str, str], tuple[Counter, Histogram, Counter]] = {}
         self._token_series: dict[tuple[str, str], tuple[Counter, Counter]] = {}
         self._confidence_series: dict[str, Histogram] = {}
+        self._student_series: dict[str, tuple[Counter, Counter, Counter]] = {}
         self._logged_series: dict[str, Counter] = {}
         self._cache_series: dict[tuple[str, CacheOutcome], Counter] = {}
         self._put_series: dict[CachePut, Counter] = {}
@@ -220,6 +230,25 @@ class Metrics:
         if histogram is None:
             histogram = self._confidence_series[task] = self._confidence.labels(task)
         histogram.observe(confidence)
+
+    def record_student(
+        self, task: str, *, answers: int, seconds: float, usage: Json | None, counted: Json | None
+    ) -> None:
+        """Count what a student has done since it was last counted: answers, and seconds of what it runs on.
+
+        Its tokens are those of `usage` less those `counted` already.
+        """
+        series = self._student_series.get(task)
+        if series is None:
+            series = (
+                self._student_answers.labels(task),
+                self._student_device.labels(task),
+                self._student_tokens.labels(task),
+            )
+            self._student_series[task] = series
+        series[0].inc(answers)
+        series[1].inc(max(0.0, seconds))
+        series[2].inc(max(0, _output(usage) - _output(counted)))
 
     def record_spared(self, task: str, seconds: float) -> None:
         """Count a request that the student wasn't asked about, by the seconds it takes on average."""
@@ -377,6 +406,11 @@ class Metrics:
 
 def _outcome(agreed: bool | None) -> str:
     return "missing" if agreed is None else "agreed" if agreed else "disagreed"
+
+
+def _output(usage: Json | None) -> int:
+    count = usage.get("completion_tokens") if usage is not None else None
+    return count if isinstance(count, int) and count > 0 else 0
 
 
 def _counts(usage: Json | None) -> list[tuple[str, int]]:

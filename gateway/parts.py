@@ -31,6 +31,7 @@ from serving.pricing import PriceList
 from serving.redaction import Redactor
 from serving.settings import Settings
 from serving.slots import Slots
+from serving.student_price import StudentPrices
 from serving.teacher import Teacher
 from serving.upstream import Upstream
 
@@ -212,7 +213,7 @@ def _ledger(settings: Settings, lasting: Lasting, prices: PriceList) -> Ledger:
         lasting.event_log,
         lasting.metrics,
         prices,
-        student_usd_per_hour=settings.student.usd_per_hour,
+        student_prices=StudentPrices(settings.student),
         teacher_model=settings.teacher.model,
         max_wait_s=settings.log.max_wait_s,
         redactor=Redactor(settings.log.redact) if settings.log.redact else None,

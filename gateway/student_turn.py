@@ -65,7 +65,7 @@ class StudentTurn:
                 answer = await release.student.answer(seen)
                 key = release.comparison.key(answer.choices)
                 decision = release.router.decide(answer.score, answer.signals, key)
-                turn.student = self._ledger.priced(answer, time.perf_counter() - began)
+                self._ledger.student_said(turn, answer)
             else:
                 decision = await self._judged(turn, release, stream)
         except RequestError:
@@ -96,7 +96,7 @@ class StudentTurn:
             began = time.perf_counter()
             await turn.generation.finished()
             turn.waited_s += time.perf_counter() - began
-            self._ledger.student_said(turn, turn.generation)
+            self._ledger.student_said(turn, turn.generation.answer())
         return turn.student is not None and turn.student.complete
 
     def take_stock(self, turn: Turn) -> None:
@@ -104,10 +104,8 @@ class StudentTurn:
         generation = turn.generation
         if generation is None:
             return
-        self._ledger.student_said(turn, generation)
-        generation.when_finished(
-            lambda: self._ledger.completed(turn, generation.answer(), generation.seconds())
-        )
+        self._ledger.student_said(turn, generation.answer())
+        generation.when_ended(lambda: self._ledger.completed(turn, generation.answer()))
 
     async def aclose(self) -> None:
         """Give what is being finished unheard a few seconds."""
@@ -144,7 +142,7 @@ class StudentTurn:
         finally:
             if not goes_on:
                 await generation.stop(failed=slow)
-            self._ledger.student_said(turn, generation)
+            self._ledger.student_said(turn, generation.answer())
         if goes_on:
             turn.generation = generation
             if not (forced or decision.accepted):

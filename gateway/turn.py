@@ -49,6 +49,8 @@ class Turn:
     `received` is what has come of a stream.
     `generation` is an answer of the student's that isn't whole yet, `hedge` the teacher that was started beside the
     student, and `hedge_usd` what one cost that wasn't needed.
+    `student_usd` is what the student cost so far, whatever came of it (None: it wasn't asked), and `device_s` for how
+    long what it runs on was at it.
     `shared`: its answer is made for others as well, by a flight, which also closes its account if it has
     `left` in the meantime.
     `status` is there once the request is over: what its books say, which of a stream that broke off isn't
@@ -81,6 +83,8 @@ class Turn:
     received: Assembler | None = None
     shared: bool = False
     left: bool = False
+    student_usd: float | None = None
+    device_s: float = 0.0
     cost_usd: float | None = None
     waited_s: float = 0.0
     overhead_s: float | None = None

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from serving.classification import Classification
 from serving.classify_plan import ClassifyPlan
+from serving.engines import Engines
 from serving.errors import UpstreamRefused, UpstreamTimeout
 from serving.estimate import unfinished_usage
 from serving.exchange import Json, StudentAnswer
@@ -41,10 +42,18 @@ class ClassifyStudent:
         self._labels: dict[int, str] = {}  # at most one for each class
 
     @classmethod
-    def of(cls, plan: ClassifyPlan) -> ClassifyStudent:
-        """The student of a plan, with its key from the environment. Raises ConfigError for a key that can't be sent."""
-        root = plan.base_url.rstrip("/").removesuffix("/v1")
-        return cls(plan, StudentServer.at(root, timeout_s=plan.timeout_s, api_key_env=plan.api_key_env))
+    def of(cls, plan: ClassifyPlan, engines: Engines | None = None) -> ClassifyStudent:
+        """The student of a plan, with its key from the environment. Raises ConfigError for a key that can't be sent.
+
+        `engines` is what it shares with other students of the process; None: there are none.
+        """
+        server = StudentServer.at(
+            plan.base_url.rstrip("/").removesuffix("/v1"),
+            timeout_s=plan.timeout_s,
+            api_key_env=plan.api_key_env,
+            device=(engines or Engines()).device(plan.base_url),
+        )
+        return cls(plan, server)
 
     @property
     def busy(self) -> bool:
@@ -58,6 +67,7 @@ class ClassifyStudent:
     async def answer(self, request: Json) -> StudentAnswer:
         """The answer to a supported request. Raises UpstreamBroken (StudentBroken among them) or UpstreamTimeout."""
         began = time.perf_counter()
+        share = self._server.device.begin()
         self._asked += 1
         try:
             async with asyncio.timeout(self.patience_s):
@@ -66,6 +76,7 @@ class ClassifyStudent:
             raise UpstreamTimeout(f"the student didn't answer within {self.patience_s:g} s") from None
         finally:
             self._asked -= 1
+            share.end()
         found = Classification.read(raw)
         self._check(found)
         return StudentAnswer(
@@ -82,6 +93,7 @@ class ClassifyStudent:
             latency_s=time.perf_counter() - began,
             score=found.score,
             signals=found.signals,
+            device_s=share.seconds,
         )
 
     def stream(self, request: Json) -> None:

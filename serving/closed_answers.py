@@ -134,8 +134,13 @@ class AnswerSpace:
             seen=self.answers[best].seen,
         )
 
-    def answer(self, request: Json, prediction: Prediction, *, model: str, latency_s: float) -> StudentAnswer:
-        """The predicted answer to a request, by the student that `model` names."""
+    def answer(
+        self, request: Json, prediction: Prediction, *, model: str, latency_s: float, device_s: float
+    ) -> StudentAnswer:
+        """The predicted answer to a request, by the student that `model` names.
+
+        It took `latency_s`, and `device_s` of what it runs on: its share, where several are answered together.
+        """
         known = self.answers[prediction.index]
         prompt_tokens = self.tokens.prompt_tokens(spoken_characters(request))
         return StudentAnswer(
@@ -149,6 +154,7 @@ class AnswerSpace:
             latency_s=latency_s,
             score=prediction.score,
             signals=prediction.signals,
+            device_s=device_s,
         )
 
     def dump(self, kind: str, **more: object) -> bytes:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
+from serving.device_time import DeviceTime
+
 M = TypeVar("M")
 
 
@@ -19,6 +21,7 @@ class Engines:
 
     def __init__(self) -> None:
         self._models: WeakValueDictionary[str, object] = WeakValueDictionary()
+        self._devices: WeakValueDictionary[str, DeviceTime] = WeakValueDictionary()
         self._loading = threading.Lock()
 
     def model(self, kind: type[M], content: Sequence[bytes], make: Callable[[], M]) -> M:
@@ -34,3 +37,12 @@ class Engines:
             if not isinstance(model, kind):
                 model = self._models[checksum.hexdigest()] = make()
             return model
+
+    def device(self, base_url: str) -> DeviceTime:
+        """The meter of a server: the same for all students that are asked there."""
+        place = base_url.rstrip("/").removesuffix("/v1")
+        with self._loading:
+            device = self._devices.get(place)
+            if device is None:
+                device = self._devices[place] = DeviceTime()
+            return device

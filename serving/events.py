@@ -358,6 +358,8 @@ _STUDENT_TYPES: _Types = {
     "signals": (dict,),
     "checkpoints": (list,),
     "complete": (bool,),
+    "device_s": (*_NUMBER, _NONE),
+    "billed": (dict, _NONE),
 }
 _CHECKPOINT_TYPES: _Types = {
     "tokens": (int,),

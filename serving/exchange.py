@@ -45,6 +45,9 @@ class StudentAnswer:
     language model is its own, the best estimate there is. `checkpoints` says what was known of it at fixed numbers of
     its tokens, each as `{"tokens", "bytes", "score", "signals"}` (STATISTICS.md §6), where `bytes` is how much text
     they spell (logs of before lack it). Not `complete`: it was stopped or broke off, and `choices` are what had come.
+    `device_s` is how long what it runs on was at it: less than `latency_s` where others were answered at the same time
+    (`serving.device_time`); None in logs of before. `billed` is the usage that a provider bills, where that is more
+    than `usage`: other answers were drawn beside it.
     """
 
     model: str
@@ -56,6 +59,13 @@ class StudentAnswer:
     signals: dict[str, float] = field(default_factory=dict)
     checkpoints: list[Json] = field(default_factory=list)
     complete: bool = True
+    device_s: float | None = None
+    billed: Json | None = None
+
+    @property
+    def took_s(self) -> float:
+        """How long what it runs on was at it, in seconds; by its latency where that wasn't measured."""
+        return self.latency_s if self.device_s is None else self.device_s
 
 
 @dataclass(frozen=True, slots=True)

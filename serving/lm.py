@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Mapping
 
 from serving.chat import text_of, token_limit
+from serving.engines import Engines
 from serving.errors import UpstreamRefused, UpstreamTimeout
 from serving.exchange import Json, StudentAnswer
 from serving.lm_plan import LmPlan
@@ -56,9 +57,17 @@ class LmStudent:
         self._open: set[LmStream] = set()
 
     @classmethod
-    def of(cls, plan: LmPlan, metering: Metering) -> LmStudent:
-        """The student of a plan, with its key from the environment. Raises ConfigError for a key that can't be sent."""
-        server = StudentServer.at(plan.base_url, timeout_s=plan.timeout_s, api_key_env=plan.api_key_env)
+    def of(cls, plan: LmPlan, metering: Metering, engines: Engines | None = None) -> LmStudent:
+        """The student of a plan, with its key from the environment. Raises ConfigError for a key that can't be sent.
+
+        `engines` is what it shares with other students of the process; None: there are none.
+        """
+        server = StudentServer.at(
+            plan.base_url,
+            timeout_s=plan.timeout_s,
+            api_key_env=plan.api_key_env,
+            device=(engines or Engines()).device(plan.base_url),
+        )
         return cls(plan, server, metering)
 
     @property
@@ -107,7 +116,9 @@ class LmStudent:
             return response
 
         tally = Tally(self._metering(request), self.plan.marks)
-        stream = LmStream(ask, request, tally, plan=self.plan, limit=self._limit(request))
+        stream = LmStream(
+            ask, request, tally, plan=self.plan, limit=self._limit(request), device=self._server.device
+        )
         return stream
 
     async def aclose(self) -> None:
@@ -153,9 +164,11 @@ class LmStudent:
         return self.plan.files()
 
     @classmethod
-    def load(cls, files: Mapping[str, bytes], metering: Metering) -> LmStudent:
+    def load(
+        cls, files: Mapping[str, bytes], metering: Metering, engines: Engines | None = None
+    ) -> LmStudent:
         """Read what `files` wrote. Raises DamagedRelease, or ConfigError for a key that can't be sent."""
-        return cls.of(LmPlan.load(files), metering)
+        return cls.of(LmPlan.load(files), metering, engines)
 
 
 def unsupported(request: Json) -> str | None:

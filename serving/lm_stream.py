@@ -13,6 +13,7 @@ import orjson
 from serving.answer_events import AnswerEvents
 from serving.assembler import Assembler
 from serving.chat import chunks
+from serving.device_time import DeviceTime, Share
 from serving.errors import UpstreamError
 from serving.estimate import unfinished_usage
 from serving.exchange import Json, StudentAnswer
@@ -38,8 +39,8 @@ _LEAST_BYTES = 1024 * 1024
 class LmStream:
     """Gives the pieces of one answer to `request`; `ask` sends it, when the iteration begins. See `StudentStream`.
 
-    `limit` is how many tokens are allowed. Iterating raises UpstreamBroken (StudentBroken among them) or
-    UpstreamTimeout.
+    `limit` is how many tokens are allowed, `device` measures what the server works. Iterating raises UpstreamBroken
+    (StudentBroken among them) or UpstreamTimeout.
     """
 
     def __init__(
@@ -50,8 +51,11 @@ class LmStream:
         *,
         plan: LmPlan,
         limit: int,
+        device: DeviceTime,
     ) -> None:
         self.plan: CommitPlan = plan
+        self._device = device
+        self._share: Share | None = None
         self._ask = ask
         self._request = request
         self._tally = tally
@@ -77,6 +81,7 @@ class LmStream:
             if self._complete:
                 raise StopAsyncIteration
             if self._response is None or self._events is None:
+                self._share = self._device.begin()
                 response = await self._ask()
                 self._response, self._events = response, AnswerEvents(response)
                 if response.header("content-type").startswith("application/json"):
@@ -111,12 +116,19 @@ class LmStream:
             signals=signals,
             checkpoints=list(self._tally.checkpoints),
             complete=self._complete and not self._ready,
+            device_s=self.device_s,
         )
+
+    @property
+    def device_s(self) -> float:
+        """Its share of the time in which the server was at work for us, so far."""
+        return 0.0 if self._share is None else self._share.seconds
 
     async def aclose(self, *, failed: bool = False) -> None:
         """Give the connection back after a whole answer; else close it, by which the server learns to stop."""
         if self._took_s is None:
             self._took_s = time.perf_counter() - self._began
+        self._leave()
         if self._events is not None:
             await self._events.aclose(whole=self._complete)
 
@@ -159,6 +171,11 @@ class LmStream:
     def _finish(self) -> None:
         self._complete = True
         self._took_s = time.perf_counter() - self._began
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._share is not None:
+            self._share.end()
 
     async def _take_whole(self, response: UpstreamResponse) -> None:
         """Cut an answer that came whole, although a stream was asked for, into pieces."""

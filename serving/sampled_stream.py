@@ -41,6 +41,7 @@ class SampledStream:
         self._comparison = JsonComparison()
         self._pieces = self._both()
         self._drawn: list[Choices] | None = None
+        self._streams = [answer]
         self._drawing: asyncio.Task[list[Choices]] | None = None
 
     def __aiter__(self) -> AsyncIterator[Piece]:
@@ -58,6 +59,8 @@ class SampledStream:
             )
         return dataclasses.replace(
             answer,
+            device_s=sum(stream.device_s for stream in self._streams),
+            billed=_together([stream.answer().usage for stream in self._streams]),
             score=score,
             signals=signals,
             checkpoints=[],
@@ -72,10 +75,18 @@ class SampledStream:
         await self._answer.aclose(failed=failed)
 
     async def _both(self) -> AsyncIterator[Piece]:
-        self._drawing = asyncio.get_running_loop().create_task(_all_of(self._draw()))
+        drawn = self._draw()
+        self._streams += drawn
+        self._drawing = asyncio.get_running_loop().create_task(_all_of(drawn))
         async for piece in self._answer:
             yield Piece(piece.choices, [])
         self._drawn = await self._drawing
+
+
+def _together(usages: Sequence[Json | None]) -> Json:
+    """What several answers used in all."""
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    return {name: sum((usage or {}).get(name, 0) for usage in usages) for name in names}
 
 
 async def _all_of(streams: Sequence[LmStream]) -> list[Choices]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from serving.classify import ClassifyStudent
 from serving.classify_plan import KIND, ClassifyPlan
 from serving.closed_answers import kind_of
+from serving.engines import Engines
 from serving.lm import LmStudent
 from serving.lm_plan import LmPlan
 from serving.releases import Release
@@ -32,6 +33,13 @@ def read_plan(files: Mapping[str, bytes]) -> ServedPlan:
     return ClassifyPlan.load(files) if kind_of(files) == KIND else LmPlan.load(files)
 
 
-def served_student(plan: ServedPlan, metering: Metering) -> LmStudent | ClassifyStudent:
-    """The student of a plan. Raises ConfigError for a key that can't be sent."""
-    return LmStudent.of(plan, metering) if isinstance(plan, LmPlan) else ClassifyStudent.of(plan)
+def served_student(
+    plan: ServedPlan, metering: Metering, engines: Engines | None = None
+) -> LmStudent | ClassifyStudent:
+    """The student of a plan. Raises ConfigError for a key that can't be sent.
+
+    `engines` is what it shares with other students of the process; None: there are none.
+    """
+    if isinstance(plan, LmPlan):
+        return LmStudent.of(plan, metering, engines)
+    return ClassifyStudent.of(plan, engines)

@@ -194,7 +194,7 @@ class StudentSettings(Section):
     """What running students costs."""
 
     usd_per_hour: float = Field(
-        0.05, ge=0, description="price of the machine (one core) a student answers on"
+        0.05, ge=0, description="price of a core, for students in process and wherever nothing else is said"
     )
     waiting_usd_per_hour: float = Field(
         1.0,
@@ -297,7 +297,7 @@ class ObserveSettings(Section):
         return True
 
 
-_OF_EVERY_STUDENT = {"kind", "skip", "skip_at_most"}
+_OF_EVERY_STUDENT = {"kind", "skip", "skip_at_most", "usd_per_hour"}
 _OF_SERVED_STUDENTS = {"base_url", "model", "api_key_env", "timeout_s", "trained_until"}
 _OF_ONE_STUDENT: Mapping[str, set[str]] = {
     "linear": {"sees"},
@@ -310,6 +310,7 @@ _OF_ONE_STUDENT: Mapping[str, set[str]] = {
         "max_tokens",
         "top_logprobs",
         "samples",
+        "price",
         *_OF_SERVED_STUDENTS,
     },
 }
@@ -333,6 +334,12 @@ class StudentChoice(Section):
     api_key_env: str | None = Field(
         None,
         description="of `lm` and `encoder`: the environment variable that holds the server's key, if it wants one",
+    )
+    usd_per_hour: float | None = Field(
+        None, ge=0, description="price of what it runs on; absent: as for all students; acts at once"
+    )
+    price: Price | None = Field(
+        None, description="of `lm`: what a provider bills, in place of a price by the hour; acts at once"
     )
     skip: Literal["auto", "never"] = Field(
         "auto",
@@ -392,6 +399,10 @@ class StudentChoice(Section):
                     f'a student of kind "{self.kind}" needs {" and ".join(missing)}: '
                     "where the model is served, and its name there"
                 )
+        if self.price is not None and self.usd_per_hour is not None:
+            raise ValueError(
+                "a student is paid by its tokens (price) or by the hour (usd_per_hour), not both"
+            )
         foreign = self.model_fields_set - _OF_EVERY_STUDENT - _OF_ONE_STUDENT[self.kind]
         if foreign == {"sees"}:
             raise ValueError(

@@ -6,6 +6,7 @@ import os
 
 import orjson
 
+from serving.device_time import DeviceTime
 from serving.errors import ConfigError, RequestError, UpstreamBroken, UpstreamRefused
 from serving.exchange import Json
 from serving.upstream import Headers, StaleConnection, Upstream, UpstreamResponse
@@ -22,9 +23,14 @@ class StudentRefused(StudentBroken):
 
 
 class StudentServer:
-    """A server behind `upstream`, which it owns. `key` goes with every request, and into no message."""
+    """A server behind `upstream`, which it owns. `key` goes with every request, and into no message.
 
-    def __init__(self, upstream: Upstream, *, key: str | None = None) -> None:
+    `device` measures how long it works for this process. Whoever asks says when, since only the asker knows an answer's
+    end.
+    """
+
+    def __init__(self, upstream: Upstream, device: DeviceTime, *, key: str | None = None) -> None:
+        self.device = device
         self._upstream = upstream
         self._key = key
         self._headers: Headers = [
@@ -34,13 +40,15 @@ class StudentServer:
         ]
 
     @classmethod
-    def at(cls, base_url: str, *, timeout_s: float, api_key_env: str | None) -> StudentServer:
+    def at(
+        cls, base_url: str, *, timeout_s: float, api_key_env: str | None, device: DeviceTime
+    ) -> StudentServer:
         """The server at `base_url`, with its key from the environment.
 
         Raises ConfigError for a key that can't be sent.
         """
         upstream = Upstream(base_url, timeout_s=timeout_s, who="the student")
-        return cls(upstream, key=_key(api_key_env))
+        return cls(upstream, device, key=_key(api_key_env))
 
     @property
     def place(self) -> str:

@@ -21,7 +21,7 @@ def load_student(release: Release, metering: Metering, engines: Engines) -> Stud
     if kind == "linear":
         return LinearStudent.load(release.files)
     if is_served(release):
-        return served_student(read_plan(release.files), metering)
+        return served_student(read_plan(release.files), metering, engines)
     raise DamagedRelease(
         f"release {release.name} of task {release.task} holds a student of kind {kind!r}, "
         "which this version can't serve"

@@ -153,6 +153,7 @@ def exposed() -> Iterator[tuple[str, set[str]]]:
     metrics.record_spending("t", "student", 0.1, 0.1)
     metrics.record_tokens("t", "teacher", {"prompt_tokens": 1, "completion_tokens": 1})
     metrics.record_confidence("t", 0.5)
+    metrics.record_student("t", answers=1, seconds=0.1, usage={"completion_tokens": 2}, counted=None)
     metrics.record_spared("t", 0.25)
     metrics.record_hedge("t", "used")
     metrics.record_audit("t", True, 0.1)

@@ -11,7 +11,7 @@ import pytest
 from distillation.economics import TaskSummary, summarise
 from serving.exchange import StudentAnswer
 from serving.releases import ReleaseStore
-from serving.settings import Settings, StudentSettings, TaskPolicy
+from serving.settings import Settings, TaskPolicy
 
 Make = Callable[..., Any]
 TEXTS = [(f"where is {i}", "lost" if i % 2 else "late") for i in range(100)]
@@ -62,12 +62,14 @@ def test_the_most_expensive_comes_first(write_log: Make, exchanges: Make) -> Non
 
 
 def test_what_skipping_spared_is_estimated(write_log: Make, exchanges: Make) -> None:
-    answers = [StudentAnswer("small", [], None, seconds, 1.0) for seconds in (0.1, 0.3)]
+    answers = [
+        StudentAnswer("small", [], None, 2 * seconds, 1.0, cost_usd=seconds / 1000, device_s=seconds)
+        for seconds in (0.1, 0.3)
+    ]
     asked = [e for one in answers for e in exchanges(TEXTS[:1], start=1e6 + one.latency_s, student=one)]
     asked = [dataclasses.replace(e, id=f"asked-{n}") for n, e in enumerate(asked)]
     skipped = exchanges(TEXTS[:9], start=2e6, reason="skipped")
-    given = Settings(state_dir=write_log([*asked, *skipped]), student=StudentSettings(usd_per_hour=3.6))
-    (one,) = summarise(given)
+    (one,) = summarise(Settings(state_dir=write_log([*asked, *skipped])))
     assert one.spared is not None
     assert dataclasses.astuple(one.spared) == (9, pytest.approx(1.8), pytest.approx(0.0018))
     assert summaries(write_log(exchanges(TEXTS[:9]), "always"))["always"].spared is None

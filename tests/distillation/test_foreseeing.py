@@ -170,11 +170,17 @@ class TestStakes:
         replayed = exchanges([("e f", "x")], start=3e6, route="cache", origin="teacher")
         unpriced = exchanges([("g h", "x")], start=4e6, teacher=TeacherAnswer("m", [], None, 9.0))
         student = StudentSettings(usd_per_hour=3.6, waiting_usd_per_hour=7.2)
-        found = stakes_of([*logged, *replayed, *unpriced], [0.2, 0.3], student)
+        choice = StudentChoice()
+        # One was made beside others, of the other only its latency is known.
+        given = [
+            StudentAnswer("linear", [], None, 0.2, 1.0, device_s=0.05),
+            StudentAnswer("linear", [], None, 0.3, 1.0),
+        ]
+        found = stakes_of([*logged, *replayed, *unpriced], given, student, choice)
         assert found is not None
-        assert astuple(found) == pytest.approx((0.25, 0.00025, 0.5, 0.001, 0.002))
-        assert stakes_of(logged, [], student) is None
-        assert stakes_of(unpriced, [0.2], student) is None
+        assert astuple(found) == pytest.approx((0.25, 0.000175, 0.5, 0.001, 0.002))
+        assert stakes_of(logged, [], student, choice) is None
+        assert stakes_of(unpriced, given, student, choice) is None
 
     def test_a_linear_student_is_timed_by_its_own_answers(self, exchanges: Any, tmp_path: Path) -> None:
         kind = LinearKind(ReleaseStore(tmp_path), TaskSettings(name="intents"))
@@ -185,7 +191,7 @@ class TestStakes:
             *exchanges([("a b", "x")], student=linear, route="cache", origin="student"),
             *exchanges([("e f", "x")]),
         ]
-        assert kind.seconds(logged) == [1e-4]
+        assert kind.given(logged) == [linear]
 
 
 class Watched(SimulatedLearner):

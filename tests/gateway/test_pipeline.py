@@ -30,6 +30,7 @@ from serving.layout import task_names
 from serving.log import EventLog, LogReader
 from serving.pricing import PriceList
 from serving.settings import Settings
+from serving.student_price import StudentPrices
 from serving.teacher import Teacher
 from serving.upstream import Upstream
 
@@ -57,7 +58,14 @@ async def running(settings: Settings, disk: Disk) -> AsyncIterator[Pipeline]:
     tasks = Tasks(settings, lambda: task_names(state_dir))
     live = LiveReleases(state_dir, tasks, metrics)
     event_log = EventLog(state_dir, settings.log, disk=disk)
-    ledger = Ledger(event_log, metrics, prices, student_usd_per_hour=0.1, teacher_model=None, max_wait_s=2.0)
+    ledger = Ledger(
+        event_log,
+        metrics,
+        prices,
+        student_prices=StudentPrices(settings.student),
+        teacher_model=None,
+        max_wait_s=2.0,
+    )
     audits = Audits(
         teacher=teacher, ledger=ledger, live=live, tasks=tasks, metrics=metrics, client_keys=False
     )

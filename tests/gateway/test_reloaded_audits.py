@@ -23,6 +23,7 @@ from serving.exchange import Exchange, StudentAnswer
 from serving.log import EventLog
 from serving.pricing import PriceList
 from serving.settings import LogSettings, Settings
+from serving.student_price import StudentPrices
 from serving.teacher import Teacher
 from serving.upstream import Upstream
 
@@ -73,7 +74,12 @@ def test_what_the_keeper_took_up_is_handed_over_and_asked_once(stand_in: Start, 
                 stack.push_async_callback(upstream.aclose)
                 tasks = Tasks(settings, list)
                 ledger = Ledger(
-                    event_log, metrics, prices, student_usd_per_hour=0.1, teacher_model=None, max_wait_s=2.0
+                    event_log,
+                    metrics,
+                    prices,
+                    student_prices=StudentPrices(Settings().student),
+                    teacher_model=None,
+                    max_wait_s=2.0,
                 )
                 stack.push_async_callback(ledger.aclose)
                 return Audits(

@@ -21,6 +21,7 @@ from serving.exchange import Exchange, StudentAnswer
 from serving.log import EventLog
 from serving.pricing import PriceList
 from serving.settings import Settings
+from serving.student_price import StudentPrices
 from serving.teacher import Teacher
 from serving.upstream import Upstream
 
@@ -101,7 +102,12 @@ def test_an_audit_that_waited_long_behind_others_is_the_keepers(stand_in: Start,
         event_log = EventLog(tmp_path, settings.log)
         tasks = Tasks(settings, list)
         ledger = Ledger(
-            event_log, metrics, prices, student_usd_per_hour=0.1, teacher_model=None, max_wait_s=2.0
+            event_log,
+            metrics,
+            prices,
+            student_prices=StudentPrices(Settings().student),
+            teacher_model=None,
+            max_wait_s=2.0,
         )
         audits = Audits(
             teacher=Teacher(settings.teacher, upstream, None, prices),

@@ -65,3 +65,9 @@ class TestEngines:
         with pytest.raises(OSError, match="no memory"):
             engines.model(Model, [b"weights"], fails)
         assert isinstance(engines.model(Model, [b"weights"], Model), Model)
+
+    def test_students_of_one_server_share_its_meter(self) -> None:
+        engines = Engines()
+        meter = engines.device("http://gpu:8000/v1")
+        assert engines.device("http://gpu:8000/") is meter
+        assert engines.device("http://other:8000/v1") is not meter

@@ -1,0 +1,32 @@
+"""What a student's answer cost: the time that what it runs on was at it, or the tokens that a provider bills."""
+
+from __future__ import annotations
+
+from serving.exchange import StudentAnswer
+from serving.pricing import PriceList
+from serving.settings import StudentChoice, StudentSettings
+
+
+class StudentPrices:
+    """Prices of students in USD, as the configuration says today: a release keeps none."""
+
+    def __init__(self, settings: StudentSettings) -> None:
+        self._core_usd_per_hour = settings.usd_per_hour
+
+    def usd(self, answer: StudentAnswer, kind: str, choice: StudentChoice) -> float:
+        """USD of one answer by a student of `kind`, of a task that is configured to have `choice`.
+
+        What `choice` says of prices is about its own kind: until the next release another may answer.
+        """
+        if choice.kind == kind and choice.price is not None:
+            if not answer.choices:
+                return 0.0  # refused, mostly; what was cut off before its first token is let go with it
+            usd, _ = PriceList(choice.price).cost(answer.model, answer.billed or answer.usage)
+            return usd or 0.0
+        return answer.took_s * self.usd_per_hour(kind, choice) / 3600
+
+    def usd_per_hour(self, kind: str, choice: StudentChoice) -> float:
+        """Price of what such a student runs on."""
+        if choice.kind == kind and choice.usd_per_hour is not None:
+            return choice.usd_per_hour
+        return self._core_usd_per_hour

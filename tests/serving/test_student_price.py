@@ -1,0 +1,49 @@
+"""What a student's answer cost."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from serving.exchange import StudentAnswer
+from serving.settings import Price, StudentChoice, StudentSettings
+from serving.student_price import StudentPrices
+
+PRICES = StudentPrices(StudentSettings(usd_per_hour=0.36))
+USAGE = {"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010}
+ANSWER = StudentAnswer("small", [{"index": 0}], USAGE, 2.0, 1.0, device_s=0.5)
+LM = StudentChoice(kind="lm", base_url="http://gpu:8000/v1", model="small")
+SERVER = LM.model_copy(update={"usd_per_hour": 7.2})
+BILLED = LM.model_copy(update={"price": Price(input=1.0, output=5.0)})
+
+
+def test_an_answer_costs_the_time_of_what_it_ran_on() -> None:
+    assert PRICES.usd(ANSWER, "lm", LM) == pytest.approx(0.5 * 0.36 / 3600)
+    assert PRICES.usd(ANSWER, "lm", SERVER) == pytest.approx(0.5 * 7.2 / 3600)
+
+
+def test_where_that_was_not_measured_it_costs_as_long_as_it_took() -> None:
+    old = StudentAnswer("small", [{"index": 0}], USAGE, 2.0, 1.0)
+    assert PRICES.usd(old, "lm", LM) == pytest.approx(2.0 * 0.36 / 3600)
+
+
+def test_a_provider_bills_tokens_those_of_drawn_answers_included() -> None:
+    assert PRICES.usd(ANSWER, "lm", BILLED) == pytest.approx(1050e-6)
+    drawn = StudentAnswer(
+        "small", [{"index": 0}], USAGE, 2.0, 1.0, billed={"prompt_tokens": 3000, "completion_tokens": 30}
+    )
+    assert PRICES.usd(drawn, "lm", BILLED) == pytest.approx(3150e-6)
+    assert PRICES.usd(StudentAnswer("small", [], USAGE, 2.0, 1.0), "lm", BILLED) == 0.0, "nothing came"
+
+
+def test_what_is_said_of_one_kind_is_not_about_another_that_is_live_still() -> None:
+    assert PRICES.usd(ANSWER, "linear", SERVER) == pytest.approx(0.5 * 0.36 / 3600)
+    assert PRICES.usd(ANSWER, "linear", BILLED) == pytest.approx(0.5 * 0.36 / 3600)
+
+
+def test_it_is_paid_by_the_hour_or_by_the_token() -> None:
+    given = {"kind": "lm", "base_url": "http://gpu/v1", "model": "m", "price": {"input": 1, "output": 1}}
+    with pytest.raises(ValidationError, match="not both"):
+        StudentChoice(**given, usd_per_hour=1.0)
+    with pytest.raises(ValidationError, match='"linear" has no price'):
+        StudentChoice(price=Price(input=1.0, output=1.0))
