@@ -37,6 +37,10 @@ class Disk:
         """Rename, replacing `target`. The directory still has to be synced."""
         source.replace(target)
 
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file, as it is, a second name that must not exist yet. The directory still has to be synced."""
+        target.hardlink_to(source)
+
     def remove(self, path: Path) -> None:
         """Remove a file, if it is there. The directory still has to be synced."""
         path.unlink(missing_ok=True)

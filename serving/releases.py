@@ -26,6 +26,7 @@ from serving.errors import DamagedRelease, UnknownRelease, WithdrawnMeanwhile
 from serving.exchange import Json
 from serving.layout import task_directory, task_names
 from serving.live import RELEASE_NAME, Cause, Live, Withdrawal, parse_live
+from serving.shared_files import write_shared
 
 CANDIDATE_FILE = "candidate.json"
 """The file of a task that holds a student which is being tested by the labels that come in, beside its releases."""
@@ -118,7 +119,9 @@ class ReleaseStore:
         directory.mkdir()
         for name, data in files.items():
             self._disk.make_directory((directory / name).parent)
-            self._disk.write_file(directory / name, data)
+            write_shared(
+                directory / name, data, card["files"][name], state_dir=self._state_dir, disk=self._disk
+            )
             self._disk.sync_directory((directory / name).parent)
         card = {**card, "checksum": _checksum(card)}
         self._disk.write_file(directory / _CARD, orjson.dumps(card, option=orjson.OPT_INDENT_2))
