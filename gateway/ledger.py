@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import time
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable
 
 from gateway.metrics import Metrics
 from gateway.turn import Turn
@@ -52,7 +52,6 @@ class Ledger:
         self._redactor = redactor
         self._unpriced: set[str] = set()
         self._complained_at = -_COMPLAIN_EVERY_S
-        self._background: set[asyncio.Task[bool]] = set()
 
     def student_said(self, turn: Turn, answer: StudentAnswer) -> None:
         """Note what has come of the student's answer so far, and what it cost. May be told again as it grows."""
@@ -160,13 +159,22 @@ class Ledger:
     async def commit(self, turn: Turn) -> None:
         """Return when the exchange is durable, or counted as lost or late. One that isn't storable leaves nothing.
 
-        A late one is still being written; it is counted as logged or lost once that has come to an end.
+        A late one is still being written; it is counted as logged or lost once that has come to an end. The client may
+        go away meanwhile: what was answered is logged all the same.
         """
         if not turn.storable:
             return
-        # The client may go away while the line is written: what was answered is logged all the same.
-        done, _ = await asyncio.wait([self._write(turn)], timeout=self._max_wait_s)
-        if not done:
+        loop = asyncio.get_running_loop()
+        written = loop.create_future()
+        self._write(turn, functools.partial(_resolve, written, True))
+        if written.done():
+            return
+        patience = loop.call_later(self._max_wait_s, _resolve, written, False)
+        try:
+            in_time = await written
+        finally:
+            patience.cancel()
+        if not in_time:
             self._metrics.record_late(turn.task)
             self._complain(
                 "task %s: an answer went out after %.1f s before its exchange was on disk: the disk is too slow",
@@ -179,18 +187,21 @@ class Ledger:
         if turn.storable:
             self._write(turn)
 
-    def _write(self, turn: Turn) -> asyncio.Task[bool]:
+    def _write(self, turn: Turn, ended: Callable[[], None] | None = None) -> None:
+        """Log the exchange; `ended` is called when it is on disk, or lost."""
         if turn.supersedes is not None:
             self.later(turn.task, events.superseded(turn.supersedes, by=turn.id, at=time.time()))
         turn.logged = True
-        return self._spawn(self._answered(turn, events.answered(turn.exchange())))
 
-    async def _answered(self, turn: Turn, event: Json) -> bool:
-        turn.logged = await self.append(turn.task, event)
-        turn.lost = not turn.logged
-        if turn.logged:
-            self._metrics.record_logged(turn.task)
-        return turn.logged
+        def over(written: bool) -> None:
+            turn.logged = written
+            turn.lost = not written
+            if written:
+                self._metrics.record_logged(turn.task)
+            if ended is not None:
+                ended()
+
+        self._append(turn.task, events.answered(turn.exchange()), over)
 
     def cancelled(self, turn: Turn) -> None:
         """Note that the client went away. The answer counts for nothing unless all of it had come."""
@@ -204,7 +215,7 @@ class Ledger:
 
     def later(self, task: str, event: Json) -> None:
         """Append an event without waiting for it; `aclose` does."""
-        self._spawn(self.append(task, event))
+        self._append(task, event)
 
     def seen(self, request: Json) -> Json:
         """Return a request as the log will hold it, which is what a student was trained on."""
@@ -213,20 +224,24 @@ class Ledger:
         redacted: Json = self._redactor.value(request)
         return redacted
 
-    async def append(self, task: str, event: Json) -> bool:
-        """Append an event; False (counted, and complained about once a minute) when the log can't take it.
+    def _append(self, task: str, event: Json, over: Callable[[bool], None] | None = None) -> None:
+        """Append an event; what the log can't take is counted, and complained about once a minute.
 
-        Everything that reaches the disk comes through here, and is redacted here.
+        `over` is called when it is on disk (True) or lost. Everything that reaches the disk comes through here, and is
+        redacted here.
         """
+
+        def ended(error: Exception | None) -> None:
+            if error is not None:
+                self._metrics.record_lost(task)
+                self._complain("task %s: an exchange is lost, the log can't take it: %s", task, error)
+            if over is not None:
+                over(error is None)
+
         try:
-            if self._redactor is not None:
-                event = self._redactor.event(event)
-            await self._log.append(task, event)
+            self._log.add(task, event if self._redactor is None else self._redactor.event(event), ended)
         except (OSError, ValueError) as error:
-            self._metrics.record_lost(task)
-            self._complain("task %s: an exchange is lost, the log can't take it: %s", task, error)
-            return False
-        return True
+            ended(error)
 
     def _complain(self, message: str, *details: object) -> None:
         """Log an error, but not one a request."""
@@ -259,8 +274,7 @@ class Ledger:
 
     async def aclose(self) -> None:
         """Wait for what is still being written."""
-        if self._background:
-            await asyncio.wait(self._background)
+        await self._log.settled()
 
     def _avoided(self, turn: Turn) -> float | None:
         if turn.route == "teacher":
@@ -268,8 +282,7 @@ class Ledger:
         usd = self.would_have_cost(turn)
         return None if usd is None else usd - (turn.cost_usd or 0.0)
 
-    def _spawn(self, work: Coroutine[Any, Any, bool]) -> asyncio.Task[bool]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return task
+
+def _resolve(waiter: asyncio.Future[bool], outcome: bool) -> None:
+    if not waiter.done():
+        waiter.set_result(outcome)

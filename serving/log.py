@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,14 +31,24 @@ __all__ = ["EventLog", "LogReader", "ReadResult", "seal_abandoned"]
 _LOOK_EVERY_S = 0.5
 
 
+Over = Callable[[OSError | None], None]
+"""What is told how writing an event has ended: None, it is durable; an error, it isn't in the log."""
+
+
 @dataclass(slots=True)
 class _Batch:
-    """The lines of one task that wait for the same fsync."""
+    """The lines of one task that wait for the same fsync, and who is to be told of each."""
 
     lines: list[bytes] = field(default_factory=list)
     size: int = 0
+    told: list[Over] = field(default_factory=list)
     done: asyncio.Event = field(default_factory=asyncio.Event)
-    error: OSError | None = None
+
+    def end(self, error: OSError | None) -> None:
+        """Tell everyone. One error object can't be raised by many: each raise adds to its traceback."""
+        self.done.set()
+        for over in self.told:
+            over(None if error is None else _again(error))
 
 
 class EventLog:
@@ -61,6 +72,7 @@ class EventLog:
         self._gathering: dict[str, _Batch] = {}
         self._max_waiting_bytes = settings.max_waiting_bytes
         self._waiting_bytes = 0
+        self._writing: _Batch | None = None
         self._flusher: asyncio.Task[None] | None = None
         self._oldest_open_s = oldest_open_s(settings.retention_days)
         self._watch: asyncio.Task[None] | None = None
@@ -73,11 +85,26 @@ class EventLog:
         self._oldest_open_s = oldest_open_s(retention_days)
 
     async def append(self, task: str, event: Json) -> None:
-        """Return when the event is durable: synced, or with "relaxed" durability written.
+        """As `add`, and return when the event is durable. A cancelled append is still written."""
+        waiter = asyncio.get_running_loop().create_future()
 
-        Raises OSError when it isn't (disk full, read-only, too much waiting for a slow one, no JSON, no name
-        of a task, log closed): then the event is not in the log, and the next append tries afresh. A cancelled
-        append may still be written.
+        def over(error: OSError | None) -> None:
+            if waiter.done():
+                return  # nobody waits any more
+            if error is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(error)
+
+        self.add(task, event, over)
+        await waiter
+
+    def add(self, task: str, event: Json, over: Over) -> None:
+        """Take an event in, and call `over` when it is durable: synced, or with "relaxed" durability written.
+
+        It is encoded before this returns. Raises OSError for what can't be taken in (too much waiting for a slow
+        disk, no JSON, no name of a task, log closed), and gives one to `over` for what can't be written (disk full,
+        read-only): then the event is not in the log, and the next one tries afresh.
         """
         if self._closed:
             raise OSError(errno.EBADF, "the event log is closed")
@@ -86,7 +113,8 @@ class EventLog:
             self._forgotten = frozenset(read_forgotten(self._state_dir))
             self._watch = asyncio.create_task(self._keep_watch(), name="event-log watch")
         if event.get("id") in self._forgotten:
-            return  # somebody asked for it to be erased: nothing more is written about it
+            over(None)  # somebody asked for it to be erased: nothing more is written about it
+            return
         try:
             if not is_task_name(task):
                 task_directory(self._state_dir, task)  # says why not; making a path costs as much as the rest
@@ -103,13 +131,16 @@ class EventLog:
             batch = self._gathering[task] = _Batch()
         batch.lines.append(line)
         batch.size += len(line)
+        batch.told.append(over)
         self._waiting_bytes += len(line)
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush(), name="event-log flush")
-        await batch.done.wait()
-        if batch.error is not None:
-            # One error object can't be raised by many: each raise adds to its traceback.
-            raise _again(batch.error) from batch.error
+
+    async def settled(self) -> None:
+        """Return when writing has ended, one way or the other, of all that was taken in until now."""
+        batches = [*self._gathering.values(), *([] if self._writing is None else [self._writing])]
+        for batch in batches:
+            await batch.done.wait()
 
     async def aclose(self) -> None:
         """Write what was appended, seal the segments, stop the thread. May be called twice."""
@@ -141,30 +172,32 @@ class EventLog:
 
     async def _flush(self) -> None:
         loop = asyncio.get_running_loop()
-        batch: _Batch | None = None
         try:
             while self._gathering:
                 task = next(iter(self._gathering))  # the one that has waited longest
-                batch = self._gathering.pop(task)
+                batch = self._writing = self._gathering.pop(task)
+                error = None
                 try:
                     await loop.run_in_executor(
                         self._thread, self._segments.append, task, b"".join(batch.lines)
                     )
-                except OSError as error:
-                    batch.error = error
-                self._waiting_bytes -= batch.size
-                batch.done.set()
+                except OSError as failure:
+                    error = failure
+                self._ended(batch, error)
         except BaseException as error:
             # Cancelled with the loop, or a bug: nobody may wait forever for an fsync that won't come.
-            for waiting in (batch, *self._gathering.values()):
+            for waiting in (self._writing, *self._gathering.values()):
                 if waiting is not None and not waiting.done.is_set():
-                    self._waiting_bytes -= waiting.size
-                    waiting.error = OSError(errno.ECANCELED, f"the event log stopped: {error!r}")
-                    waiting.done.set()
+                    self._ended(waiting, OSError(errno.ECANCELED, f"the event log stopped: {error!r}"))
             self._gathering.clear()
             raise
         finally:
+            self._writing = None
             self._flusher = None
+
+    def _ended(self, batch: _Batch, error: OSError | None) -> None:
+        self._waiting_bytes -= batch.size
+        batch.end(error)
 
 
 def _again(error: OSError) -> OSError:
