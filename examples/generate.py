@@ -1,6 +1,7 @@
 """Make `parcels.csv`: 800 messages to a parcel delivery company, with a teacher's answers and the right ones.
 
     python examples/generate.py            # writes examples/parcels.csv, the same bytes every time
+    python examples/generate.py --seed 7 --count 2000 FILE     # others of the same kind, for whatever else needs some
 
 Sentences are written by hand (`phrases.py`); this script fills slots, adds greetings, asides and typing
 slips, and plays a teacher that is right about 95 times in 100: it mostly errs where a message could mean two
@@ -9,6 +10,7 @@ things, and now and then without a reason, as real ones do.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import random
 import re
@@ -85,12 +87,16 @@ def slip(text: str, rng: random.Random) -> str:
 
 
 def main() -> None:
-    """Write the file beside this script."""
-    path = Path(__file__).with_name("parcels.csv")
-    with path.open("w", newline="", encoding="utf-8") as file:
+    """Write the file, beside this script unless another is named."""
+    parser = argparse.ArgumentParser(description="Make messages to a parcel delivery company.")
+    parser.add_argument("file", nargs="?", type=Path, default=Path(__file__).with_name("parcels.csv"))
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--count", type=int, default=MESSAGES)
+    given = parser.parse_args()
+    with given.file.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["text", "teacher", "gold"])
-        writer.writerows(messages())
+        writer.writerows(messages(given.seed, given.count))
 
 
 if __name__ == "__main__":

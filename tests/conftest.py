@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import hypothesis
@@ -54,19 +54,35 @@ App = Callable[..., Any]
 Require = Callable[[str], None]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def require() -> Require:
     """Skip a test that needs a program this machine lacks; fail it where UNDERSTUDY_REQUIRE names it."""
 
     def check(name: str) -> None:
-        if shutil.which(name) is not None:
-            return
-        required = os.environ.get("UNDERSTUDY_REQUIRE", "").split(",")
-        if name in (item.strip() for item in required):
-            pytest.fail(f"{name} isn't installed, and UNDERSTUDY_REQUIRE names it")
-        pytest.skip(f"{name} isn't installed")
+        if shutil.which(name) is None:
+            _absent(name, f"{name} isn't installed")
 
     return check
+
+
+@pytest.fixture(scope="session")
+def torch_python() -> Path:
+    """The Python that has torch, transformers and vLLM: `make install-vllm`, or UNDERSTUDY_VLLM_PYTHON."""
+    beside = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
+    named = os.environ.get("UNDERSTUDY_VLLM_PYTHON")
+    python = beside if named is None else Path(named)
+    if not python.is_file():
+        _absent(
+            "torch", f"there is no {python}: make install-vllm, or name another in UNDERSTUDY_VLLM_PYTHON"
+        )
+    return python
+
+
+def _absent(name: str, why: str) -> NoReturn:
+    required = os.environ.get("UNDERSTUDY_REQUIRE", "").split(",")
+    if name in (item.strip() for item in required):
+        pytest.fail(f"{why}, and UNDERSTUDY_REQUIRE names {name}")
+    pytest.skip(why)
 
 
 class RunningRedis:
