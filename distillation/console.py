@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import Counter
@@ -179,6 +180,7 @@ def print_tasks(
     print("\nWorth a student?")
     for task, outlook in outlooks:
         print(f"  {task}: {outlook}")
+    _print_costs(shown)
     _print_watch(shown)
     gone = [one for one in summaries if one not in shown and named.get(one.task)]
     if gone:
@@ -189,6 +191,39 @@ def print_tasks(
     damaged = sum(summary.damaged_lines for summary in summaries)
     if damaged:
         print(f"{damaged} damaged lines in the log were skipped")
+
+
+def _print_costs(summaries: Sequence[TaskSummary]) -> None:
+    """What students take and cost, next to the teacher."""
+    lines = []
+    for one in summaries:
+        if one.student is not None:
+            each = one.student
+            line = f"an answer takes {_duration(each.seconds)} of what it runs on, {_per_thousand(each.usd)} per 1,000"
+            if one.teacher_cost_usd is not None:
+                line += f"; the teacher's {_per_thousand(one.teacher_cost_usd)}"
+                if each.usd > 0:
+                    line += f", {one.teacher_cost_usd / each.usd:,.0f} times as much"
+            lines.append(f"  {one.task}: {line}")
+        if one.learning is not None:
+            spent = one.learning
+            asked = f" and {_duration(spent.student_s)} of the student" if spent.student_s else ""
+            lines.append(
+                f"  {one.task}: {spent.looks:,} look{'s' if spent.looks != 1 else ''} took "
+                f"{_duration(spent.core_s)} of a core{asked}, ${spent.usd:,.4f}"
+            )
+    if lines:
+        print("\nWhat does a student cost?")
+        print("\n".join(lines))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1000:,.3g} ms" if seconds < 1 else f"{seconds:,.1f} s"
+
+
+def _per_thousand(usd: float) -> str:
+    digits = 4 if usd <= 0 else max(4, 1 - math.floor(math.log10(usd * 1000)))
+    return f"${usd * 1000:,.{digits}f}"
 
 
 def _print_watch(summaries: Sequence[TaskSummary]) -> None:

@@ -10,6 +10,7 @@ from distillation.candidate import CandidateFile
 from distillation.dataset import Dataset, dataset_of
 from distillation.due import not_due
 from distillation.journal import LookJournal
+from distillation.learning_cost import LearningCost, all_of
 from distillation.named_answers import never_given
 from distillation.prompts import Prompts
 from distillation.watching import Watched, came_after, live_of, watched
@@ -35,6 +36,15 @@ class Spared:
 
 
 @dataclass(frozen=True, slots=True)
+class StudentCost:
+    """What a student's answers take on average, as the log measured it: seconds of what it runs on, and USD."""
+
+    answers: int
+    seconds: float
+    usd: float
+
+
+@dataclass(frozen=True, slots=True)
 class TaskSummary:
     """One line of `understudy tasks`.
 
@@ -43,6 +53,7 @@ class TaskSummary:
     them have no price, `unseen` the chance that the next answer is new. `outlook` says in words whether a student
     looks worth it, and why; `sees` what of a request the next student will see. `watched` is how the live release does,
     `withdrawn` why none is live, if the watch took it away: `labels` and `outlook` are then of what came since.
+    `student` is what a student's answers cost, served or not, and `learning` what all looks so far did.
     `spared` is there where the student was skipped, `noise` where the teacher was asked twice. `unknown` says which
     answers the configuration names and no label has, `unusable` why the live release can't answer.
     """
@@ -66,6 +77,8 @@ class TaskSummary:
     unknown: list[str] = field(default_factory=list)
     unusable: str | None = None
     noise: Noise | None = None
+    student: StudentCost | None = None
+    learning: LearningCost | None = None
 
     def to_json(self) -> Json:
         """The summary as `--json` prints it."""
@@ -121,6 +134,8 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
         unknown=never_given(policy, answers),
         unusable=_unusable(ReleaseStore(settings.state_dir), task),
         noise=dataset.noise if dataset.noise.asked else None,
+        student=_student_cost(read.exchanges),
+        learning=all_of(LookJournal(settings.state_dir, task).entries()),
     )
 
 
@@ -139,12 +154,21 @@ def _spared(exchanges: Sequence[Exchange]) -> Spared | None:
     skipped = sum(exchange.reason == "skipped" for exchange in exchanges)
     if not skipped:
         return None
+    student = _student_cost(exchanges)
+    if student is None:
+        return Spared(skipped, 0.0, 0.0)
+    return Spared(skipped, skipped * student.seconds, skipped * student.usd)
+
+
+def _student_cost(exchanges: Sequence[Exchange]) -> StudentCost | None:
     given = [e.student for e in exchanges if e.student is not None and not e.replayed]
     if not given:
-        return Spared(skipped, 0.0, 0.0)
-    seconds = sum(answer.took_s for answer in given) / len(given)
-    usd = sum(answer.cost_usd or 0.0 for answer in given) / len(given)
-    return Spared(skipped, skipped * seconds, skipped * usd)
+        return None
+    return StudentCost(
+        answers=len(given),
+        seconds=sum(answer.took_s for answer in given) / len(given),
+        usd=sum(answer.cost_usd or 0.0 for answer in given) / len(given),
+    )
 
 
 def _paid_for(exchange: Exchange) -> bool:

@@ -80,6 +80,10 @@ class LookJournal:
         """Write down how it ended; `result["release"]` is the release it made, or None."""
         self._append({"serial": serial, "look": look, "labels": labels, "at": time.time(), **result})
 
+    def spent(self, serial: int, look: int, labels: int, cost: Json) -> None:
+        """Write down what it cost, before it ends."""
+        self._append({"serial": serial, "look": look, "labels": labels, "at": time.time(), "learning": cost})
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the task's learning lock. Raises LearningElsewhere at once if another process has it."""

@@ -44,6 +44,11 @@ class Kind(Protocol):
         """The answers this student has given, as far as they are known once it is prepared: what it takes and costs."""
         ...
 
+    @property
+    def asked(self) -> Sequence[StudentAnswer]:
+        """Those that it was asked for to be prepared, which cost what a student's answers do."""
+        ...
+
     def look(
         self,
         dataset: Dataset,
@@ -84,6 +89,11 @@ class LinearKind:
         """By the log."""
         answers = [exchange.student for exchange in exchanges if not exchange.replayed]
         return [one for one in answers if one is not None and one.model == "linear"]
+
+    @property
+    def asked(self) -> Sequence[StudentAnswer]:
+        """None: it is computed here."""
+        return ()
 
     def look(
         self,

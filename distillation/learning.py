@@ -15,6 +15,7 @@ from distillation.dataset import Dataset, Row
 from distillation.due import not_due, too_noisy
 from distillation.journal import LearningElsewhere, LookJournal
 from distillation.kind import Kind, LinearKind, StudentSilent
+from distillation.learning_cost import LearningCost, core_seconds
 from distillation.named_answers import never_given
 from distillation.outlook import after, labels_per_hour
 from distillation.past import Past
@@ -99,6 +100,7 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
     with journal.alone():
         policy = settings.for_task(task)
         kind = _kind(settings, policy)
+        began_s = core_seconds()
         progress(f"{task}: reading the log")
         read_at = time.time()  # a withdrawal from now on is one that these labels know nothing of
         try:
@@ -139,9 +141,13 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
             return Lesson(task, outcome, message, labels, waiting.needed)
         if betting:
             last = max(one.created for one in exchanges)
-            return _freeze(task, candidates, dataset, past, journal, policy, last, read_at, progress)
+            return _freeze(
+                settings, task, candidates, dataset, past, journal, policy, last, read_at, began_s, progress
+            )
         stakes = stakes_of(exchanges, kind.given(exchanges), settings.student, policy.student)
-        return _look(settings, task, kind, dataset, past, journal, policy, stakes, fence, read_at, progress)
+        return _look(
+            settings, task, kind, dataset, past, journal, policy, stakes, fence, read_at, began_s, progress
+        )
 
 
 def _kind(settings: Settings, policy: TaskSettings) -> Kind:
@@ -165,6 +171,7 @@ def _look(
     stakes: Stakes | None,
     fence: float,
     read_at: float,
+    began_s: float,
     progress: Progress,
 ) -> Lesson:
     from distillation.report import report_card  # scikit-learn: imported only once a look is due
@@ -182,6 +189,9 @@ def _look(
     )
     card = report_card(look, dataset, policy, releases_so_far=len(store.list(task)))
     card |= kind.remarks(dataset, look)
+    cost = LearningCost.of(core_seconds() - began_s, kind.asked, settings.student, policy.student)
+    card["learning"] = cost.to_json()
+    journal.spent(serial, number, labels, cost.to_json())
     release, outcome, too_late = _publish(settings, task, look, card, fence)
     journal.end(
         serial, number, labels, {"outcome": outcome, "release": release, "coverage": card["coverage"]}
@@ -217,6 +227,7 @@ def _publish(
 
 
 def _freeze(
+    settings: Settings,
     task: str,
     candidates: CandidateFile,
     dataset: Dataset,
@@ -225,6 +236,7 @@ def _freeze(
     policy: TaskSettings,
     last: float,
     read_at: float,
+    began_s: float,
     progress: Progress,
 ) -> Lesson:
     """Fix a candidate by what the log held up to `last`. What it may spend is spent with that."""
@@ -242,6 +254,8 @@ def _freeze(
         progress=lambda step: progress(f"{task}: {step} ({labels} labels)"),
     )
     candidates.write(candidate, policy)
+    cost = LearningCost.of(core_seconds() - began_s, (), settings.student, policy.student)
+    journal.spent(serial, number, labels, cost.to_json())
     message = f"candidate {number} is fixed, by {labels} labels; those that come from now on test it"
     return Lesson(task, "held", message, labels, labels + 1)
 

@@ -62,6 +62,7 @@ class ServedKind:
         self._plan = plan_of(policy.student)
         self._kept = StudentAnswers(settings.state_dir, policy.name, student_id(self._plan, self._redact))
         self._answered: dict[str, Answered] = {}
+        self._asked: list[StudentAnswer] = []
 
     def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
         """Rows by what the student supports, after the time until which it was trained."""
@@ -94,6 +95,11 @@ class ServedKind:
     def given(self, exchanges: Sequence[Exchange]) -> list[StudentAnswer]:
         """Its answers to the rows, whether it gave them then or was asked now."""
         return [one.answer for one in self._answered.values()]
+
+    @property
+    def asked(self) -> Sequence[StudentAnswer]:
+        """Those that neither the log had nor what was kept."""
+        return self._asked
 
     def look(
         self,
@@ -194,6 +200,7 @@ class ServedKind:
             if self._redactor is not None:
                 answer = dataclasses.replace(answer, choices=self._redactor.value(answer.choices))
             answers[row.id] = answer
+            self._asked.append(answer)
             self._kept.append(row.id, row.created, answer)
 
         student = served_student(self._plan, TokenMeter)

@@ -70,7 +70,8 @@ def test_what_skipping_spared_is_estimated(write_log: Make, exchanges: Make) -> 
     asked = [dataclasses.replace(e, id=f"asked-{n}") for n, e in enumerate(asked)]
     skipped = exchanges(TEXTS[:9], start=2e6, reason="skipped")
     (one,) = summarise(Settings(state_dir=write_log([*asked, *skipped])))
-    assert one.spared is not None
+    assert one.spared is not None and one.student is not None
+    assert dataclasses.astuple(one.student) == (2, pytest.approx(0.2), pytest.approx(0.0002))
     assert dataclasses.astuple(one.spared) == (9, pytest.approx(1.8), pytest.approx(0.0018))
     assert summaries(write_log(exchanges(TEXTS[:9]), "always"))["always"].spared is None
 

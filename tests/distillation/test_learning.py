@@ -19,6 +19,7 @@ import orjson
 import pytest
 
 from distillation.console import print_lessons
+from distillation.economics import summarise
 from distillation.journal import LookJournal
 from distillation.learning import Lesson, learn
 from distillation.past import read_past
@@ -97,6 +98,11 @@ class TestOutcomes:
         assert {name: release.card[name] for name in card} == card
         assert card["labels"] == 120
         assert card["teacher_models"] == {"big": 120}
+        assert card["learning"]["looks"] == 1
+        assert card["learning"]["core_s"] > 0
+        assert card["learning"]["usd"] == pytest.approx(card["learning"]["core_s"] * 0.05 / 3600)
+        (summary,) = summarise(settings(state))
+        assert summary.learning is not None and summary.learning.to_json() == card["learning"]
         student = LinearStudent.load(release.files)
         prediction = student.predict("where is my card 5555")
         assert student.answers[prediction.index].choices[0]["message"]["content"] == "card"
