@@ -66,6 +66,10 @@ class Kind(Protocol):
         """What a report card says of this kind of student only."""
         ...
 
+    def close(self) -> None:
+        """Give back what was taken for a look, except what a release that is live by now needs."""
+        ...
+
 
 class LinearKind:
     """The student `linear`: fitted here, on the very rows it is judged on."""
@@ -115,3 +119,6 @@ class LinearKind:
     def remarks(self, dataset: Dataset, look: Look[Past]) -> Json:
         """What of a conversation it sees."""
         return {"sees": self._policy.student.sees}
+
+    def close(self) -> None:
+        """Nothing was taken."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from distillation.stakes import stakes_of
 from distillation.watching import came_after, withdrawal_line
 from routers.foresight_fit import Stakes
 from routers.looks import labels_needed, next_look
-from serving.errors import DamagedRelease, UnknownTask, WithdrawnMeanwhile
+from serving.errors import ConfigError, DamagedRelease, UnknownTask, WithdrawnMeanwhile
 from serving.exchange import Json
 from serving.log import LogReader
 from serving.releases import ReleaseStore
@@ -97,9 +98,13 @@ def _learn_if_free(settings: Settings, reader: LogReader, task: str, progress: P
 
 def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Progress) -> Lesson:
     journal = LookJournal(settings.state_dir, task)
-    with journal.alone():
+    with journal.alone(), ExitStack() as stack:
         policy = settings.for_task(task)
-        kind = _kind(settings, policy)
+        try:
+            kind = _kind(settings, policy)
+        except ConfigError as error:  # of one task: the others are learned all the same
+            return Lesson(task, "held", f"no look was taken: {error}", 0)
+        stack.callback(kind.close)
         began_s = core_seconds()
         progress(f"{task}: reading the log")
         read_at = time.time()  # a withdrawal from now on is one that these labels know nothing of

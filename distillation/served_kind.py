@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,15 +36,21 @@ from distillation.served_release import (
 from routers.foresight_fit import Stakes
 from routers.meter import TokenMeter
 from routers.router import Router
+from serving.adapter import Adapter
+from serving.adapter_loading import AdapterNotLoaded
+from serving.adapter_shelf import AdapterShelf
+from serving.adapter_tidying import tidy
 from serving.agreement import comparison
 from serving.beginning import may_become
 from serving.classify_plan import ClassifyPlan
-from serving.errors import DamagedRelease, UnknownRelease
+from serving.engines import Engines
+from serving.errors import DamagedRelease, UnknownRelease, UpstreamError
 from serving.exchange import Exchange, Json, StudentAnswer
 from serving.redaction import Redactor
 from serving.releases import Release, ReleaseStore
 from serving.served import is_served, plan_of, read_plan, served_student
 from serving.settings import Settings, TaskSettings
+from serving.student import Student
 from serving.student_answers import StudentAnswers
 
 if TYPE_CHECKING:
@@ -51,7 +58,10 @@ if TYPE_CHECKING:
 
 
 class ServedKind:
-    """The student of one task: an `lm`, or an `encoder` behind a server. Make it before the log is read."""
+    """The student of one task: an `lm`, or an `encoder` behind a server. Make it before the log is read.
+
+    Raises ConfigError for an adapter that is none.
+    """
 
     def __init__(self, settings: Settings, store: ReleaseStore, policy: TaskSettings) -> None:
         self._redact = sorted(settings.log.redact)
@@ -59,7 +69,11 @@ class ServedKind:
         self._store = store
         self._policy = policy
         self._comparing = comparison(policy.agreement)
-        self._plan = plan_of(policy.student)
+        self._state_dir = settings.state_dir
+        self._shelf = AdapterShelf(settings.state_dir, seen_at=settings.student.adapters_at)
+        given = policy.student.adapter
+        self._adapter = None if given is None else Adapter.read(given)
+        self._plan = plan_of(policy.student, None if self._adapter is None else self._adapter.name)
         self._kept = StudentAnswers(settings.state_dir, policy.name, student_id(self._plan, self._redact))
         self._answered: dict[str, Answered] = {}
         self._asked: list[StudentAnswer] = []
@@ -81,7 +95,8 @@ class ServedKind:
         answers = {**self._kept.read(), **_logged(exchanges, own)}
         missing = [row for row in dataset.rows if row.id not in answers]
         if missing:
-            asyncio.run(self._ask(missing, answers, progress))
+            with self._shelf.in_use() if self._adapter is not None else nullcontext():
+                asyncio.run(self._ask(missing, answers, progress))
         self._answered = {
             row.id: self._compared(row, answers[row.id]) for row in dataset.rows if row.id in answers
         }
@@ -153,6 +168,8 @@ class ServedKind:
         return {
             "model": self._plan.model,
             "sees": self._plan.sees if isinstance(self._plan, ClassifyPlan) else "request",
+            "adapter": None if self._adapter is None else self._adapter.name,
+            "adapter_of": None if self._adapter is None else self._adapter.base,
             "trained_until": None if until is None else until.isoformat(),
             "refused": sum(row.id not in self._answered for row in dataset.rows),
             "gives_up": self._saved(dataset, look),
@@ -191,7 +208,10 @@ class ServedKind:
         self, router: Router, held_out: HeldOut, below: float | None, ahead: Ahead, refused: Refused
     ) -> ServedRelease:
         plan = stopping(self._plan, below)
-        return ServedRelease(plan, router, held_out, self._answered, ahead=ahead, refused=refused)
+        adapter = {} if self._adapter is None else self._adapter.files()
+        return ServedRelease(
+            plan, router, held_out, self._answered, ahead=ahead, refused=refused, adapter=adapter
+        )
 
     async def _ask(self, rows: Sequence[Row], answers: dict[str, StudentAnswer], progress: Progress) -> None:
         """Ask about rows, and keep what comes: as the log would, with what `log.redact` names replaced."""
@@ -203,11 +223,26 @@ class ServedKind:
             self._asked.append(answer)
             self._kept.append(row.id, row.created, answer)
 
-        student = served_student(self._plan, TokenMeter)
+        student = served_student(self._plan, TokenMeter, Engines(adapters=self._shelf))
         try:
+            await self._prepare(student)
             await ask(student, rows, keep, progress=lambda said: progress(f"{self._policy.name}: {said}"))
         finally:
             await student.aclose()
+
+    async def _prepare(self, student: Student) -> None:
+        """Have the adapter loaded: said at once if it can't be, instead of once for every row."""
+        try:
+            if self._adapter is not None:
+                self._shelf.put(self._adapter)
+            await student.prepare()
+        except (AdapterNotLoaded, UpstreamError, OSError) as error:
+            raise StudentSilent(str(error)) from error
+
+    def close(self) -> None:
+        """Have the adapter unloaded if it was loaded for a look that led to no release."""
+        if self._adapter is not None:
+            asyncio.run(tidy(self._state_dir, self._shelf, [self._adapter.name]))
 
     def _compared(self, row: Row, answer: StudentAnswer) -> Answered:
         key = self._comparing.key(answer.choices)

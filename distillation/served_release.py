@@ -49,7 +49,8 @@ class ServedRelease:
     `held_out` maps the ids of those rows to the rank and answer key that they were tested with: −∞ for one that was
     given up, no key for one that was judged before its end. `answered` maps ids to answers; what the student refuses
     isn't there. `name` is None until it is written. `refused` says which of the rows it was fitted on are refused by
-    other rows' vetoes. What `ahead` skips is never accepted.
+    other rows' vetoes. What `ahead` skips is never accepted. `adapter` holds the files of the model's LoRA adapter, if
+    it has one; they are only there in a release that isn't written yet.
     """
 
     plan: ServedPlan
@@ -59,6 +60,7 @@ class ServedRelease:
     name: str | None = None
     ahead: Ahead = field(default_factory=Ahead)
     refused: Refused = field(default_factory=Refused)
+    adapter: Mapping[str, bytes] = field(default_factory=dict)
 
     def accepts_row(self, row: Row) -> bool:
         """Whether the release would have answered a row's request, had its confidence not been fitted on it."""
@@ -103,6 +105,7 @@ class ServedRelease:
             HELD_OUT_FILE: orjson.dumps(self.held_out),  # −∞ becomes null
             **self.ahead.files(),
             **self.refused.files(self.router.vetoed),
+            **self.adapter,
         }
 
 

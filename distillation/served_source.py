@@ -45,5 +45,8 @@ class ServedSource:
         Raises LearningElsewhere while the task is learned, and StudentSilent when the student can't be had.
         """
         with self._journal.alone():  # both keep what the student answers
-            met, _ = self._kind.prepare(dataset, exchanges, note)
+            try:
+                met, _ = self._kind.prepare(dataset, exchanges, note)
+            finally:
+                self._kind.close()
         return self._kind.release(self._name), met

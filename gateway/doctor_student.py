@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 from gateway.finding import Finding
 from routers.meter import TokenMeter
+from serving.adapter import Adapter
+from serving.adapter_loading import is_loaded
 from serving.classify_plan import ClassifyPlan
-from serving.errors import UnderstudyError
+from serving.device_time import DeviceTime
+from serving.errors import ConfigError, UnderstudyError
 from serving.exchange import Json
+from serving.lm_plan import LmPlan
 from serving.served import ServedPlan, plan_of, served_student
 from serving.settings import Settings
+from serving.student_server import StudentServer
 
 _QUESTION: Json = {"messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 4}
 
@@ -22,13 +28,28 @@ async def check_students(settings: Settings) -> list[Finding]:
         settings.task_defaults.student,
         *(settings.for_task(task.name).student for task in settings.task),
     ]
-    plans = dict.fromkeys(plan_of(choice) for choice in choices if choice.served)
-    return [await _check(plan) for plan in plans]
+    found: dict[Finding, None] = {}
+    plans: dict[ServedPlan, None] = {}
+    for choice in choices:
+        if not choice.served:
+            continue
+        try:
+            adapter = None if choice.adapter is None else Adapter.read(choice.adapter).name
+        except ConfigError as error:
+            found[Finding("student", "problem", str(error), "no release can be learned with it")] = None
+        else:
+            plans[plan_of(choice, adapter)] = None
+    return [*found, *[await _check(plan) for plan in plans]]
 
 
 async def _check(plan: ServedPlan) -> Finding:
-    began = time.perf_counter()
+    waiting = ""
     try:
+        if isinstance(plan, LmPlan) and plan.adapter is not None and not await _is_loaded(plan):
+            # Nobody but a release has it loaded.
+            waiting = f"; its adapter {plan.adapter} is loaded by the first look"
+            plan = replace(plan, adapter=None)
+        began = time.perf_counter()
         student = served_student(plan, TokenMeter)
         try:
             answer = await student.answer(_QUESTION)
@@ -50,8 +71,19 @@ async def _check(plan: ServedPlan) -> Finding:
         return Finding(
             "student", "ok", f"{plan.model!r} answered in {took * 1000:.0f} ms, with probabilities"
         )
-    said = f"{plan.model!r} answered in {took * 1000:.0f} ms, with log-probabilities"
+    said = f"{plan.served_as!r} answered in {took * 1000:.0f} ms, with log-probabilities{waiting}"
     if took > plan.hold_back_s:
         advice = "a faster one, or a longer student.hold_back_s: streamed requests wait that long at most"
         return Finding("student", "warning", said, advice)
     return Finding("student", "ok", said)
+
+
+async def _is_loaded(plan: LmPlan) -> bool:
+    """Whether the server has the plan's adapter. Raises as `is_loaded` does."""
+    server = StudentServer.at(
+        plan.base_url, timeout_s=plan.timeout_s, api_key_env=plan.api_key_env, device=DeviceTime()
+    )
+    try:
+        return await is_loaded(plan.served_as, server)
+    finally:
+        await server.aclose()

@@ -1,4 +1,4 @@
-"""What must happen once, however many workers there are: sealing, retention, left-over audits, the watch, learning.
+"""What must happen once, however many workers there are: sealing, retention, audits, unloading, the watch, learning.
 
 Every worker runs a keeper; the one that holds `flock(state_dir/keeper.lock)` works, the others wait for it
 to die. That is simpler than a process of its own: nothing has to be supervised, one worker is enough for
@@ -23,6 +23,7 @@ from gateway.audits import Audits
 from gateway.metrics import Metrics
 from gateway.tasks import OVERFLOW
 from gateway.watcher import Watcher
+from serving.adapter_tidying import AdapterTidying
 from serving.audit_index import AuditIndex
 from serving.exchange import Exchange
 from serving.log import LogReader, seal_abandoned
@@ -72,6 +73,7 @@ class Keeper:
         self._config_path = config_path
         self._retention_days = retention_days
         self._look_every_s = look_every_s
+        self._adapters = AdapterTidying(state_dir)
         self._learned: dict[str, int] = {}
         self._looked: dict[str, int] = {}
         self._may_be_pending: set[str] = set()
@@ -114,6 +116,7 @@ class Keeper:
                 if sealed:
                     log.info("sealed %d segments of processes that are gone", sealed)
                 await self._remove_expired()
+                await self._adapters.look()
                 taken = self._audits.take_up(await asyncio.to_thread(self.leftovers))
                 if taken:
                     log.info("took up %d audits that were left over", taken)

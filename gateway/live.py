@@ -20,6 +20,7 @@ from routers.drift import Drift, Spread
 from routers.foresight import Foresight, read_foresight
 from routers.meter import TokenMeter
 from routers.router import Router
+from serving.adapter_shelf import AdapterShelf
 from serving.agreement import Comparison
 from serving.audit_index import AuditIndex
 from serving.engines import Engines
@@ -33,6 +34,7 @@ log = logging.getLogger("understudy.live")
 POLL_S = 0.2
 _RETIRE_AFTER_S = 30.0
 """A student that was replaced may still be answering; after this long it is closed, once it is through."""
+_PREPARED_WITHIN_S = 0.5
 _TRY_AGAIN_S = 5.0
 """How long a release that couldn't be loaded is left alone before it is tried again."""
 
@@ -81,7 +83,7 @@ class LiveReleases:
         self._redact = sorted(redact)
         self._tasks_dir = state_dir / "tasks"
         self._store = ReleaseStore(state_dir)
-        self._engines = engines or Engines()
+        self._engines = engines or Engines(adapters=AdapterShelf(state_dir))
         self._audits = AuditIndex(state_dir)
         self._tasks = tasks
         self._metrics = metrics
@@ -89,6 +91,7 @@ class LiveReleases:
         self._seen: dict[str, tuple[int, int]] = {}
         self._failed_at: dict[str, float] = {}
         self._retired: list[tuple[float, Student]] = []
+        self._preparing: dict[str, asyncio.Task[None]] = {}
 
     def get(self, task: str) -> LiveRelease | None:
         """Return what is live for a task. Costs a dictionary look-up."""
@@ -117,21 +120,55 @@ class LiveReleases:
     async def refresh(self) -> None:
         """Take in every change since the last look."""
         for task, stamp in await asyncio.to_thread(self._changed):
+            await self._leave_unprepared(task)
             try:
                 loaded = await asyncio.to_thread(self._load, task)
             except Exception as error:
-                # Somebody may put its files back, and a worker that was out of file descriptors has them again:
-                # no worker may be left behind for good.
-                self._failed_at[task] = time.monotonic()
-                log.error("task %s: the release that is live can't be loaded: %s", task, error)
+                self._failed(task, error)
             else:
                 self._failed_at.pop(task, None)
-                self._swap(task, loaded)
+                preparing = asyncio.create_task(self._prepare(task, loaded))
+                self._preparing[task] = preparing
+                # Most need nothing. A server that takes its time holds up neither the others nor the start.
+                await asyncio.wait([preparing], timeout=_PREPARED_WITHIN_S)
             self._seen[task] = stamp
         await self._close_retired()
 
+    async def _prepare(self, task: str, loaded: LiveRelease | None) -> None:
+        """Put a release in its place once it can answer; until then, and if it can't, the one before answers."""
+        try:
+            if loaded is not None:
+                await loaded.student.prepare()
+        except Exception as error:
+            if loaded is not None:
+                await loaded.student.aclose()
+            self._failed(task, error)
+        except asyncio.CancelledError:
+            if loaded is not None:
+                await loaded.student.aclose()
+            raise
+        else:
+            self._swap(task, loaded)
+        finally:
+            self._preparing.pop(task, None)
+
+    async def _leave_unprepared(self, task: str) -> None:
+        """Give up what isn't in its place yet."""
+        preparing = self._preparing.get(task)
+        if preparing is not None:
+            preparing.cancel()
+            await asyncio.wait([preparing])
+
+    def _failed(self, task: str, error: Exception) -> None:
+        # Somebody may put its files back, and a worker that was out of file descriptors has them again: no worker may
+        # be left behind for good.
+        self._failed_at[task] = time.monotonic()
+        log.error("task %s: the release that is live can't be loaded: %s", task, error)
+
     async def aclose(self) -> None:
         """Close every student."""
+        for task in list(self._preparing):
+            await self._leave_unprepared(task)
         students = [live.student for live in self._live.values()] + [student for _, student in self._retired]
         self._live, self._retired = {}, []
         for student in students:

@@ -22,8 +22,10 @@ from gateway.passthrough import Passthrough
 from gateway.pipeline import Pipeline
 from gateway.reload import Generation, Kept
 from gateway.tasks import Tasks
+from serving.adapter_shelf import AdapterShelf
 from serving.breaker import State
 from serving.disk import Disk
+from serving.engines import Engines
 from serving.errors import ConfigError
 from serving.layout import task_names
 from serving.log import EventLog
@@ -72,7 +74,10 @@ class Parts:
 def make_lasting(settings: Settings, tasks: Tasks, disk: Disk, stack: AsyncExitStack) -> Lasting:
     """Build what every configuration shares; `stack` takes it down."""
     metrics = Metrics()
-    live = LiveReleases(settings.state_dir, tasks, metrics, redact=settings.log.redact)
+    shelf = AdapterShelf(settings.state_dir, seen_at=settings.student.adapters_at)
+    live = LiveReleases(
+        settings.state_dir, tasks, metrics, redact=settings.log.redact, engines=Engines(adapters=shelf)
+    )
     stack.push_async_callback(live.aclose)
     event_log = EventLog(settings.state_dir, settings.log, disk=disk)
     stack.push_async_callback(event_log.aclose)

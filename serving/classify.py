@@ -60,6 +60,9 @@ class ClassifyStudent:
         """Whether an answer is being made."""
         return self._asked > 0
 
+    async def prepare(self) -> None:
+        """Nothing else is needed."""
+
     def unsupported(self, request: Json) -> str | None:
         """The feature of `request` that a classifier can't serve, or None."""
         return unsupported(request, self.plan.sees)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
+from serving.adapter_shelf import AdapterShelf
 from serving.device_time import DeviceTime
 
 M = TypeVar("M")
@@ -16,10 +17,12 @@ M = TypeVar("M")
 class Engines:
     """The models in use, by the checksum of what they were made of. Each goes with the last student that holds it.
 
-    Safe to use from several threads: releases are loaded off the request path.
+    `adapters` is where servers find those that they are to load; None: what they need, they have. Safe to use from
+    several threads: releases are loaded off the request path.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, adapters: AdapterShelf | None = None) -> None:
+        self.adapters = adapters
         self._models: WeakValueDictionary[str, object] = WeakValueDictionary()
         self._devices: WeakValueDictionary[str, DeviceTime] = WeakValueDictionary()
         self._loading = threading.Lock()

@@ -14,6 +14,7 @@ UnderstudyError
 ├── UnreadableShop         a recording to measure with isn't there (loadtest/routing/shop.py)
 ├── NothingToMeasure       it gave no release to measure with (loadtest/routing/cost.py)
 ├── ReplayFailed           a replay that is measured ended with an error (loadtest/routing/over_http.py)
+├── AdapterNotLoaded       a server doesn't serve an adapter (serving/adapter_loading.py)
 ├── StudentUnavailable     a student took too long or is left alone (serving/guarded_student.py)
 ├── RequestError           the client's fault: becomes OpenAI's envelope with its own status
 │   └── ScriptedError      an error that the stand-in was asked for (serving/stand_in.py)

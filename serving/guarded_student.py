@@ -32,6 +32,10 @@ class GuardedStudent:
         """As the student says."""
         return self._student.busy
 
+    async def prepare(self) -> None:
+        """As the student does."""
+        await self._student.prepare()
+
     def unsupported(self, request: Json) -> str | None:
         """As the student says."""
         return self._student.unsupported(request)

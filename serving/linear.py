@@ -78,6 +78,9 @@ class LinearStudent:
         logits += self._intercept
         return logits
 
+    async def prepare(self) -> None:
+        """Nothing else is needed."""
+
     def unsupported(self, request: Json) -> str | None:
         """The feature of `request` this student can't serve, or None."""
         return unsupported(request, self.sees)

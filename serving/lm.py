@@ -10,9 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
+from serving.adapter import Adapter
+from serving.adapter_loading import AdapterLoading
+from serving.adapter_shelf import Loaded
 from serving.chat import text_of, token_limit
 from serving.engines import Engines
-from serving.errors import UpstreamRefused, UpstreamTimeout
+from serving.errors import DamagedRelease, UpstreamRefused, UpstreamTimeout
 from serving.exchange import Json, StudentAnswer
 from serving.lm_plan import LmPlan
 from serving.lm_stream import LmStream
@@ -24,6 +27,7 @@ from serving.tally import Metering, Tally
 from serving.upstream import UpstreamResponse
 
 _CHAT = "/chat/completions"
+_NO_SUCH_MODEL = 404
 _PASSED_ON = (
     "messages",
     "tools",
@@ -39,7 +43,10 @@ _PASSED_ON = (
 
 
 class LmStudent:
-    """A language model, asked at `server`, which it owns. `metering` makes the signals of each answer."""
+    """A language model, asked at `server`, which it owns. `metering` makes the signals of each answer.
+
+    `loading` has its adapter loaded there; None: there is no adapter, or the server is known to have it.
+    """
 
     streams = True
 
@@ -48,8 +55,10 @@ class LmStudent:
         plan: LmPlan,
         server: StudentServer,
         metering: Metering,
+        loading: AdapterLoading | None = None,
     ) -> None:
         self.plan = plan
+        self._loading = loading
         self.patience_s = plan.timeout_s
         self._server = server
         self._metering = metering
@@ -60,15 +69,25 @@ class LmStudent:
     def of(cls, plan: LmPlan, metering: Metering, engines: Engines | None = None) -> LmStudent:
         """The student of a plan, with its key from the environment. Raises ConfigError for a key that can't be sent.
 
-        `engines` is what it shares with other students of the process; None: there are none.
+        `engines` is what it shares with other students of the process, the shelf with its adapter among it; None: there
+        are none, and nothing is loaded for it.
         """
+        engines = engines or Engines()
         server = StudentServer.at(
             plan.base_url,
             timeout_s=plan.timeout_s,
             api_key_env=plan.api_key_env,
-            device=(engines or Engines()).device(plan.base_url),
+            device=engines.device(plan.base_url),
         )
-        return cls(plan, server, metering)
+        if plan.adapter is None or engines.adapters is None:
+            return cls(plan, server, metering)
+        told = Loaded(plan.base_url, plan.api_key_env)
+        return cls(plan, server, metering, AdapterLoading(plan.adapter, server, engines.adapters, told))
+
+    async def prepare(self) -> None:
+        """Have its adapter loaded, if it has one. Raises AdapterNotLoaded or UpstreamError."""
+        if self._loading is not None:
+            await self._loading.load()
 
     @property
     def busy(self) -> bool:
@@ -123,27 +142,39 @@ class LmStudent:
 
     async def aclose(self) -> None:
         """Close every connection."""
+        if self._loading is not None:
+            await self._loading.aclose()
         await self._server.aclose()
 
     async def _ask(self, request: Json, *, drawn: bool) -> UpstreamResponse:
         """Send a request; without log-probabilities from the time on that the server has refused to give them."""
         has_logprobs = self._has_logprobs and not self.plan.samples
         try:
-            return await self._server.post(_CHAT, self._body(request, logprobs=has_logprobs, drawn=drawn))
+            return await self._sent(self._body(request, logprobs=has_logprobs, drawn=drawn))
         except UpstreamRefused as error:
             if not (has_logprobs and may_be_about_logprobs(error)):
                 raise self._server.refusal(error) from None
         try:
-            response = await self._server.post(_CHAT, self._body(request, logprobs=False, drawn=drawn))
+            response = await self._sent(self._body(request, logprobs=False, drawn=drawn))
         except UpstreamRefused as error:
             raise self._server.refusal(error) from None
         self._has_logprobs = False
         return response
 
+    async def _sent(self, asked: Json) -> UpstreamResponse:
+        """Send a body; a server that was started anew has lost the adapter, and loads it before it is asked again."""
+        try:
+            return await self._server.post(_CHAT, asked)
+        except UpstreamRefused as error:
+            if error.status != _NO_SUCH_MODEL or self._loading is None:
+                raise
+        await self._loading.load()
+        return await self._server.post(_CHAT, asked)
+
     def _body(self, request: Json, *, logprobs: bool, drawn: bool) -> Json:
         asked: Json = {name: request[name] for name in _PASSED_ON if request.get(name) is not None}
         asked |= {
-            "model": self.plan.model,
+            "model": self.plan.served_as,
             "temperature": int(drawn),
             "max_tokens": self._limit(request),
             "stream": True,
@@ -167,8 +198,18 @@ class LmStudent:
     def load(
         cls, files: Mapping[str, bytes], metering: Metering, engines: Engines | None = None
     ) -> LmStudent:
-        """Read what `files` wrote. Raises DamagedRelease, or ConfigError for a key that can't be sent."""
-        return cls.of(LmPlan.load(files), metering, engines)
+        """Read the files of a release; its adapter is put on the shelf, if there is one.
+
+        Raises DamagedRelease, ConfigError for a key that can't be sent, and OSError as the disk does.
+        """
+        plan = LmPlan.load(files)
+        if plan.adapter is not None:
+            adapter = Adapter.of_release(files)
+            if adapter.name != plan.adapter:
+                raise DamagedRelease(f"the adapter is {adapter.name}, and {plan.adapter} was tested")
+            if engines is not None and engines.adapters is not None:
+                engines.adapters.put(adapter)
+        return cls.of(plan, metering, engines)
 
 
 def unsupported(request: Json) -> str | None:

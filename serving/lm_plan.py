@@ -13,13 +13,18 @@ from dataclasses import dataclass
 
 import orjson
 
+from serving.adapter import NAME
 from serving.errors import DamagedRelease
 from serving.exchange import Json
 from serving.settings import StudentChoice
 
 SCHEMA = 1
+_WITH_ADAPTER = 2
+"""The schema of a plan with an adapter: a version that doesn't know of adapters must not ask the base model instead."""
 PLAN_FILE = "student.json"
 
+_SINCE: Json = {"adapter": None}
+"""Fields that older plans don't have."""
 _MOST_SAMPLES = 20
 _MOST_TOP_LOGPROBS = 20
 
@@ -34,7 +39,8 @@ class LmPlan:
     never). A streamed request waits `hold_back_s` seconds at most for the judgement; `timeout_s` bounds a whole
     answer, and every silence. `max_tokens` bounds an answer; `top_logprobs` alternatives of each token are asked for.
     With `samples`, for servers that give no log-probabilities, so many more answers are drawn to tell how sure it is
-    (`serving.sampled_stream`), and there are no checkpoints.
+    (`serving.sampled_stream`), and there are no checkpoints. `adapter` names the LoRA adapter (`serving.adapter`) that
+    makes `model` this student; its files are beside the plan.
     """
 
     base_url: str
@@ -48,13 +54,17 @@ class LmPlan:
     max_tokens: int = 1024
     top_logprobs: int = 5
     samples: int = 0
+    adapter: str | None = None
 
     @classmethod
-    def of(cls, choice: StudentChoice) -> LmPlan:
+    def of(cls, choice: StudentChoice, adapter: str | None = None) -> LmPlan:
         """The plan that a configuration asks for, before anything was learned about it.
 
-        Raises ValueError for one that asks for another kind of student.
+        `adapter` is the name of the one that `choice` says where to find. Raises ValueError for a choice that asks for
+        another kind of student, or where there is an adapter in one of the two only.
         """
+        if (choice.adapter is None) != (adapter is None):
+            raise ValueError("an adapter is chosen and named, or there is none")
         if choice.kind != "lm" or choice.base_url is None or choice.model is None:
             raise ValueError(f"a student of kind {choice.kind!r} isn't asked over HTTP")
         return cls(
@@ -68,7 +78,13 @@ class LmPlan:
             max_tokens=choice.max_tokens,
             top_logprobs=choice.top_logprobs,
             samples=choice.samples,
+            adapter=adapter,
         )
+
+    @property
+    def served_as(self) -> str:
+        """The model's name at its server."""
+        return self.model if self.adapter is None else self.adapter
 
     @property
     def marks(self) -> tuple[int, ...]:
@@ -84,11 +100,16 @@ class LmPlan:
             "max_tokens": self.max_tokens,
             "top_logprobs": self.top_logprobs,
             "samples": self.samples,
+            **({} if self.adapter is None else {"adapter": self.adapter}),
         }
 
     def files(self) -> dict[str, bytes]:
         """The plan as a file of a release; `load` reads it back."""
-        return {PLAN_FILE: orjson.dumps({"kind": "lm", "schema": SCHEMA, **dataclasses.asdict(self)})}
+        written = {"kind": "lm", "schema": self._schema(), **dataclasses.asdict(self)}
+        return {PLAN_FILE: orjson.dumps(written)}
+
+    def _schema(self) -> int:
+        return SCHEMA if self.adapter is None else _WITH_ADAPTER
 
     @classmethod
     def load(cls, files: Mapping[str, bytes]) -> LmPlan:
@@ -97,10 +118,12 @@ class LmPlan:
             read = orjson.loads(files[PLAN_FILE])
             if read["kind"] != "lm":
                 raise DamagedRelease(f"{PLAN_FILE} holds a student of kind {read['kind']!r}, not 'lm'")
-            if read["schema"] != SCHEMA:
+            if read["schema"] not in (SCHEMA, _WITH_ADAPTER):
                 raise DamagedRelease(
-                    f"{PLAN_FILE} has schema {read['schema']!r}, this version reads {SCHEMA} of the kind lm"
+                    f"{PLAN_FILE} has schema {read['schema']!r}, this version reads {SCHEMA} and {_WITH_ADAPTER} "
+                    "of the kind lm"
                 )
+            read = {**_SINCE, **read}
             fields = {field.name: read[field.name] for field in dataclasses.fields(cls)}
             plan = cls(**{**fields, "checkpoints": tuple(fields["checkpoints"])})
         except DamagedRelease:
@@ -109,7 +132,7 @@ class LmPlan:
             raise DamagedRelease(
                 f"the lm student can't be read: {type(error).__name__}: {error} in {PLAN_FILE}"
             ) from error
-        wrong = plan._wrong()
+        wrong = plan._wrong() or ("adapter" if read["schema"] != plan._schema() else None)
         if wrong is not None:
             raise DamagedRelease(
                 f"{PLAN_FILE} has {wrong}={_shown(plan, wrong)}, with which no student can be asked"
@@ -130,6 +153,8 @@ class LmPlan:
             "timeout_s": _number(self.timeout_s) and self.timeout_s > 0,
             "max_tokens": _count(self.max_tokens),
             "samples": type(self.samples) is int and 0 <= self.samples <= _MOST_SAMPLES,
+            "adapter": self.adapter is None
+            or (isinstance(self.adapter, str) and NAME.fullmatch(self.adapter) is not None),
             "top_logprobs": type(self.top_logprobs) is int and 0 <= self.top_logprobs <= _MOST_TOP_LOGPROBS,
         }
         return next((name for name, fits in sound.items() if not fits), None)

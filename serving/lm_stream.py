@@ -59,7 +59,8 @@ class LmStream:
         self._ask = ask
         self._request = request
         self._tally = tally
-        self._model = plan.model
+        self._model = plan.served_as
+        self._only = plan.adapter
         self._limit = limit
         self._began = time.perf_counter()
         self._response: UpstreamResponse | None = None
@@ -67,7 +68,7 @@ class LmStream:
         self._bytes = 0
         # What isn't kept counts as well: a server that streams for ever, whatever it is, comes to an end here.
         self._most_bytes = min(MOST_ANSWER_BYTES, _LEAST_BYTES + _MOST_TOKEN_BYTES * max(limit, 0))
-        self._mender = Mender(model=plan.model)
+        self._mender = Mender(model=plan.served_as)
         self._assembler = Assembler()
         self._ready: deque[Piece] = deque()
         self._complete = False
@@ -146,6 +147,12 @@ class LmStream:
             data["choices"] = answer_of(data.get("choices"))
         except ValueError as error:
             raise StudentBroken(f"the student's stream holds {error}") from None
+        if self._only is not None and data.get("model") not in (None, "", self._only):
+            # Some servers answer with what they have, whatever model they are asked for.
+            said = str(data["model"])[:80]
+            raise StudentBroken(
+                f"the student's server answered with {said!r}, not with the adapter {self._only}"
+            )
         self._mender.mend(data)
         self._assembler.add(data)
         if not data["choices"]:

@@ -172,6 +172,10 @@ class ReleaseStore:
                 continue
         return cards
 
+    def card(self, task: str, release: str) -> Json:
+        """The card of a release, whose files aren't read. Raises UnknownRelease or DamagedRelease."""
+        return self._card(task, release)
+
     def live(self, task: str) -> Live | None:
         """What is live, or None if nothing ever was.
 

@@ -17,9 +17,12 @@ from serving.tally import Metering
 ServedPlan = LmPlan | ClassifyPlan
 
 
-def plan_of(choice: StudentChoice) -> ServedPlan:
-    """The plan that a configuration asks for. Raises ValueError for a student that isn't served elsewhere."""
-    return LmPlan.of(choice) if choice.kind == "lm" else ClassifyPlan.of(choice)
+def plan_of(choice: StudentChoice, adapter: str | None = None) -> ServedPlan:
+    """The plan that a configuration asks for; `adapter` is the name of the one it chooses.
+
+    Raises ValueError for a student that isn't served elsewhere.
+    """
+    return LmPlan.of(choice, adapter) if choice.kind == "lm" else ClassifyPlan.of(choice)
 
 
 def is_served(release: Release) -> bool:
@@ -43,3 +46,12 @@ def served_student(
     if isinstance(plan, LmPlan):
         return LmStudent.of(plan, metering, engines)
     return ClassifyStudent.of(plan, engines)
+
+
+def load_served(
+    files: Mapping[str, bytes], metering: Metering, engines: Engines
+) -> LmStudent | ClassifyStudent:
+    """The student that a release holds. Raises DamagedRelease, and what `served_student` and `LmStudent.load` raise."""
+    if kind_of(files) == KIND:
+        return ClassifyStudent.of(ClassifyPlan.load(files), engines)
+    return LmStudent.load(files, metering, engines)

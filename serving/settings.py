@@ -201,6 +201,10 @@ class StudentSettings(Section):
         ge=0,
         description="what an hour of clients' waiting is worth, where time is weighed against money",
     )
+    adapters_at: Path | None = Field(
+        None,
+        description="where the servers of language models see `state_dir`/adapters; absent: where the gateway does",
+    )
 
 
 class CacheSettings(Section):
@@ -303,6 +307,7 @@ _OF_ONE_STUDENT: Mapping[str, set[str]] = {
     "linear": {"sees"},
     "encoder": {"sees", *_OF_SERVED_STUDENTS},
     "lm": {
+        "adapter",
         "hedge",
         "checkpoints",
         "commit_tokens",
@@ -331,6 +336,10 @@ class StudentChoice(Section):
         None, description="of `lm`: an OpenAI-compatible server; of `encoder`: a vLLM with a classifier"
     )
     model: str | None = Field(None, description="of `lm` and `encoder`: the model's name there")
+    adapter: Path | None = Field(
+        None,
+        description="of `lm`: the folder of a LoRA adapter (peft) that makes `model` this task's student",
+    )
     api_key_env: str | None = Field(
         None,
         description="of `lm` and `encoder`: the environment variable that holds the server's key, if it wants one",

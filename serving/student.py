@@ -75,6 +75,13 @@ class Student(Protocol):
         """Whether an answer is being made."""
         ...
 
+    async def prepare(self) -> None:
+        """See that it can answer, as far as that takes others (an adapter that its server has to load).
+
+        Called once, before it is asked anything. Any exception means that it can't; it may be tried again.
+        """
+        ...
+
     def unsupported(self, request: Json) -> str | None:
         """The feature of `request` this student was not made for (`tools`, `turns`, `content`, `n`, …), or None."""
         ...

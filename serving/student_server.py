@@ -60,12 +60,18 @@ class StudentServer:
 
         Raises UpstreamRefused for any status that isn't one (see `refusal`), and what `Upstream.request` raises.
         """
-        body = orjson.dumps(asked)
+        return await self._send("POST", path, orjson.dumps(asked))
+
+    async def get(self, path: str) -> UpstreamResponse:
+        """The same for a question without a body."""
+        return await self._send("GET", path, b"")
+
+    async def _send(self, method: str, path: str, body: bytes) -> UpstreamResponse:
         try:
             try:
-                response = await self._upstream.request("POST", path, headers=self._headers, body=body)
+                response = await self._upstream.request(method, path, headers=self._headers, body=body)
             except StaleConnection:
-                response = await self._upstream.request("POST", path, headers=self._headers, body=body)
+                response = await self._upstream.request(method, path, headers=self._headers, body=body)
         except RequestError:
             # Path and headers are the operator's: no client has sent anything wrong.
             raise StudentBroken(

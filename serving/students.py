@@ -6,7 +6,7 @@ from serving.engines import Engines
 from serving.errors import DamagedRelease
 from serving.linear import LinearStudent
 from serving.releases import Release
-from serving.served import is_served, read_plan, served_student
+from serving.served import is_served, load_served
 from serving.student import Student
 from serving.tally import Metering
 
@@ -21,7 +21,7 @@ def load_student(release: Release, metering: Metering, engines: Engines) -> Stud
     if kind == "linear":
         return LinearStudent.load(release.files)
     if is_served(release):
-        return served_student(read_plan(release.files), metering, engines)
+        return load_served(release.files, metering, engines)
     raise DamagedRelease(
         f"release {release.name} of task {release.task} holds a student of kind {kind!r}, "
         "which this version can't serve"

@@ -25,6 +25,9 @@ class Moody:
         self.asked = 0
         self.closed = False
 
+    async def prepare(self) -> None:
+        pass
+
     def unsupported(self, request: Json) -> str | None:
         return "tools" if "tools" in request else None
 

@@ -1,0 +1,96 @@
+"""Having servers forget the adapters that no live release needs any more.
+
+A release that was rolled back to, or the next look, has its adapter loaded again: what is taken away here is memory of
+a server, and a copy of what releases hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from serving.adapter_loading import AdapterNotLoaded, unload
+from serving.adapter_shelf import AdapterShelf, Loaded
+from serving.device_time import DeviceTime
+from serving.errors import ConfigError, DamagedRelease, UnknownRelease, UpstreamError
+from serving.layout import task_names
+from serving.releases import ReleaseStore
+from serving.student_server import StudentServer
+
+log = logging.getLogger("understudy.adapters")
+
+_PATIENCE_S = 10.0
+_UNNEEDED_FOR_S = 60.0
+
+
+class AdapterTidying:
+    """Tidies now and then: what no live release has needed for `after_s` seconds, since a worker may still be at it."""
+
+    def __init__(self, state_dir: Path, *, after_s: float = _UNNEEDED_FOR_S) -> None:
+        self._state_dir = state_dir
+        self._after_s = after_s
+        self._shelf = AdapterShelf(state_dir)
+        self._since: dict[str, float] = {}
+
+    async def look(self) -> list[str]:
+        """See what is due; gives what went."""
+        now = time.monotonic()
+        unneeded = await asyncio.to_thread(unneeded_adapters, self._state_dir, self._shelf)
+        self._since = {name: self._since.get(name, now) for name in unneeded}
+        due = [name for name, since in self._since.items() if now - since >= self._after_s]
+        return await tidy(self._state_dir, self._shelf, due) if due else []
+
+
+def unneeded_adapters(state_dir: Path, shelf: AdapterShelf) -> list[str]:
+    """The adapters of the shelf that belong to no live release; none while it can't be told what is live."""
+    there = shelf.names()
+    if not there:
+        return []
+    store = ReleaseStore(state_dir)
+    needed = set()
+    try:
+        for task in task_names(state_dir):
+            live = store.live(task)
+            if live is not None and live.release is not None:
+                needed.add(store.card(task, live.release).get("adapter"))
+    except (DamagedRelease, UnknownRelease):
+        return []
+    return [name for name in there if name not in needed]
+
+
+async def tidy(state_dir: Path, shelf: AdapterShelf, names: Collection[str]) -> list[str]:
+    """Unload those of `names` that no live release needs, and take them off the shelf; gives those that went.
+
+    One that a server couldn't be told to unload stays, and so does everything while somebody else is at the shelf.
+    """
+    with shelf.tidying() as alone:
+        if not alone:
+            return []
+        unneeded = [name for name in unneeded_adapters(state_dir, shelf) if name in names]
+        gone = [name for name in unneeded if await _unloaded(name, shelf.servers(name))]
+        for name in gone:
+            shelf.remove(name)
+            log.info("the adapter %s is unloaded: no live release needs it", name)
+        return gone
+
+
+async def _unloaded(name: str, servers: Collection[Loaded]) -> bool:
+    for told in servers:
+        try:
+            server = StudentServer.at(
+                told.base_url, timeout_s=_PATIENCE_S, api_key_env=told.api_key_env, device=DeviceTime()
+            )
+        except ConfigError as error:
+            log.warning("the adapter %s can't be unloaded: %s", name, error)
+            return False
+        try:
+            await unload(name, server)
+        except (AdapterNotLoaded, UpstreamError) as error:
+            log.debug("the adapter %s isn't unloaded yet: %s", name, error)
+            return False
+        finally:
+            await server.aclose()
+    return True
