@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from distillation.dataset import Dataset, dataset_of
 from distillation.past import Past, read_past, redoable
 from routers.foresight_fit import Stakes
+from serving.engines import Engines
 from serving.errors import UnderstudyError
 from serving.exchange import Exchange, Json, StudentAnswer
 from serving.releases import ReleaseStore
@@ -74,9 +75,10 @@ class Kind(Protocol):
 class LinearKind:
     """The student `linear`: fitted here, on the very rows it is judged on."""
 
-    def __init__(self, store: ReleaseStore, policy: TaskSettings) -> None:
+    def __init__(self, store: ReleaseStore, policy: TaskSettings, engines: Engines | None = None) -> None:
         self._store = store
         self._policy = policy
+        self._engines = engines or Engines()
 
     def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
         """Rows by what the student sees."""
@@ -86,7 +88,7 @@ class LinearKind:
         self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress
     ) -> tuple[Mapping[str, Past], Dataset]:
         """The releases on disk; the traffic of those that can't be redone is left out."""
-        read = partial(read_past, self._store, self._policy.name)
+        read = partial(read_past, self._store, self._policy.name, engines=self._engines)
         return redoable(read, self._policy.name, dataset, progress)
 
     def given(self, exchanges: Sequence[Exchange]) -> list[StudentAnswer]:

@@ -24,6 +24,7 @@ from distillation.stakes import stakes_of
 from distillation.watching import came_after, withdrawal_line
 from routers.foresight_fit import Stakes
 from routers.looks import labels_needed, next_look
+from serving.engines import Engines
 from serving.errors import ConfigError, DamagedRelease, UnknownTask, WithdrawnMeanwhile
 from serving.exchange import Json
 from serving.log import LogReader
@@ -159,7 +160,7 @@ def _kind(settings: Settings, policy: TaskSettings) -> Kind:
     """What learns the kind of student that the task is to have."""
     store = ReleaseStore(settings.state_dir)
     if not policy.student.served:
-        return LinearKind(store, policy)
+        return LinearKind(store, policy, Engines(onnx=settings.student.onnx))
     from distillation.served_kind import ServedKind  # the HTTP client: imported only where a student is asked
 
     return ServedKind(settings, store, policy)

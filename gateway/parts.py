@@ -74,9 +74,15 @@ class Parts:
 def make_lasting(settings: Settings, tasks: Tasks, disk: Disk, stack: AsyncExitStack) -> Lasting:
     """Build what every configuration shares; `stack` takes it down."""
     metrics = Metrics()
-    shelf = AdapterShelf(settings.state_dir, seen_at=settings.student.adapters_at)
     live = LiveReleases(
-        settings.state_dir, tasks, metrics, redact=settings.log.redact, engines=Engines(adapters=shelf)
+        settings.state_dir,
+        tasks,
+        metrics,
+        redact=settings.log.redact,
+        engines=Engines(
+            onnx=settings.student.onnx,
+            adapters=AdapterShelf(settings.state_dir, seen_at=settings.student.adapters_at),
+        ),
     )
     stack.push_async_callback(live.aclose)
     event_log = EventLog(settings.state_dir, settings.log, disk=disk)

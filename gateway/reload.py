@@ -20,6 +20,7 @@ FIXED = (
     "server.port",
     "server.workers",
     "server.receive_timeout_s",
+    "student.onnx",
     "log.durability",
     "log.segment_bytes",
     "log.max_waiting_bytes",

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from serving.adapter_shelf import AdapterShelf
 from serving.device_time import DeviceTime
+from serving.errors import ConfigError, DamagedRelease
+from serving.settings import OnnxSettings
 
-M = TypeVar("M")
+if TYPE_CHECKING:
+    from serving.text_model import TextModel
+
+MODEL_FILE = "model.onnx"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class Engines:
@@ -21,24 +27,28 @@ class Engines:
     several threads: releases are loaded off the request path.
     """
 
-    def __init__(self, *, adapters: AdapterShelf | None = None) -> None:
+    def __init__(self, *, onnx: OnnxSettings | None = None, adapters: AdapterShelf | None = None) -> None:
         self.adapters = adapters
-        self._models: WeakValueDictionary[str, object] = WeakValueDictionary()
+        self._onnx = onnx or OnnxSettings()
+        self._models: WeakValueDictionary[str, TextModel] = WeakValueDictionary()
         self._devices: WeakValueDictionary[str, DeviceTime] = WeakValueDictionary()
         self._loading = threading.Lock()
 
-    def model(self, kind: type[M], content: Sequence[bytes], make: Callable[[], M]) -> M:
-        """The model of this content: the one that is in use already, or what `make` makes of it.
+    def text_model(self, files: Mapping[str, bytes]) -> TextModel:
+        """The model in the files of a release: the one that is in use already, or it is loaded.
 
-        Who asks while another makes it waits, and gets the same. Raises what `make` raises.
+        Who asks while another loads it waits, and gets the same. Raises DamagedRelease, and ConfigError where what runs
+        it isn't installed, or can't run where it should.
         """
-        checksum = hashlib.sha256()
-        for part in content:
-            checksum.update(hashlib.sha256(part).digest())
+        missing = [name for name in (MODEL_FILE, TOKENIZER_FILE) if name not in files]
+        if missing:
+            raise DamagedRelease(f"the release holds no {' and no '.join(missing)}")
+        parts = [files[name] for name in (MODEL_FILE, TOKENIZER_FILE)]
+        checksum = "".join(hashlib.sha256(part).hexdigest() for part in parts)
         with self._loading:
-            model = self._models.get(checksum.hexdigest())
-            if not isinstance(model, kind):
-                model = self._models[checksum.hexdigest()] = make()
+            model = self._models.get(checksum)
+            if model is None:
+                model = self._models[checksum] = self._load(*parts)
             return model
 
     def device(self, base_url: str) -> DeviceTime:
@@ -49,3 +59,16 @@ class Engines:
             if device is None:
                 device = self._devices[place] = DeviceTime()
             return device
+
+    def _load(self, model: bytes, tokenizer: bytes) -> TextModel:
+        try:
+            # Only now: both libraries are an extra, and take a moment.
+            from serving.text_model import TextModel
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in ("onnxruntime", "tokenizers"):
+                raise
+            raise ConfigError(
+                f"a release holds a model that runs in process, and {error.name} isn't installed: "
+                "pip install 'understudy[encoder]'"
+            ) from None
+        return TextModel(model, tokenizer, providers=self._onnx.providers, threads=self._onnx.threads)

@@ -190,9 +190,21 @@ class TeacherSettings(Section):
         return _check_variable(value, "OPENAI_API_KEY")
 
 
-class StudentSettings(Section):
-    """What running students costs."""
+class OnnxSettings(Section):
+    """What students on ONNX Runtime run on."""
 
+    providers: list[str] = Field(
+        default=["CPUExecutionProvider"],
+        min_length=1,
+        description="ONNX Runtime's execution providers, the first that can do an operation does it",
+    )
+    threads: int = Field(1, ge=1, le=1024, description="threads that work at one request of theirs")
+
+
+class StudentSettings(Section):
+    """What running students costs, and takes."""
+
+    onnx: OnnxSettings = OnnxSettings()
     usd_per_hour: float = Field(
         0.05, ge=0, description="price of a core, for students in process and wherever nothing else is said"
     )

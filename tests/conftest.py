@@ -533,6 +533,59 @@ def publish() -> Callable[..., str]:
     return write
 
 
+@pytest.fixture(scope="session")
+def text_files() -> Callable[..., dict[str, bytes]]:
+    """Make the files of a small model for ONNX Runtime: a text's numbers are the mean of its words' `weights`."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    def make(
+        weights: dict[str, list[float]], *, longest: int | None = 32, precision: str | None = "fp32"
+    ) -> dict[str, bytes]:
+        width = len(next(iter(weights.values())))
+        table = np.array([[0.0] * width, [0.0] * width, *weights.values()], dtype=np.float32)
+        vocabulary = {word: place for place, word in enumerate(["[PAD]", "[UNK]", *weights])}
+        nodes = [
+            helper.make_node("Gather", ["table", "input_ids"], ["words"]),
+            helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+            helper.make_node("Unsqueeze", ["mask", "last"], ["weight"]),
+            helper.make_node("Mul", ["words", "weight"], ["seen"]),
+            helper.make_node("ReduceSum", ["seen", "tokens"], ["sum"], keepdims=0),
+            helper.make_node("ReduceSum", ["weight", "tokens"], ["count"], keepdims=0),
+            helper.make_node("Max", ["count", "one"], ["divisor"]),
+            helper.make_node("Div", ["sum", "divisor"], ["logits"]),
+        ]
+        given = [
+            helper.make_tensor_value_info(name, TensorProto.INT64, ["n", "tokens"])
+            for name in ("input_ids", "attention_mask")
+        ]
+        made = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", width])
+        constants = {
+            "table": table,
+            "last": np.array([2]),
+            "tokens": np.array([1]),
+            "one": np.array([1.0], dtype=np.float32),
+        }
+        held = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+        graph = helper.make_graph(nodes, "words", given, [made], held)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        onnx.checker.check_model(model)
+        said = {"gives": "logits", "precision": precision, "longest": longest}
+        for name, value in said.items():
+            if value is not None:
+                model.metadata_props.add(key=f"understudy.{name}", value=str(value))
+        tokenizer = {
+            "version": "1.0",
+            "added_tokens": [],
+            "normalizer": {"type": "Lowercase"},
+            "pre_tokenizer": {"type": "Whitespace"},
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+        }
+        return {"model.onnx": model.SerializeToString(), "tokenizer.json": json.dumps(tokenizer).encode()}
+
+    return make
+
+
 @pytest.fixture
 def write_log(tmp_path: Path) -> Callable[..., Path]:
     """Write exchanges to a task's log as the gateway does; gives the state directory."""

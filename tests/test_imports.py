@@ -78,7 +78,10 @@ def test_every_contract_can_break(broken: str) -> None:
         ("understudy", (*PACKAGES[:2], *PACKAGES[3:], "numpy", "fastapi", "aiohttp")),
         (
             "gateway.server",
-            ("distillation", "loadtest", "sklearn", "scipy", "openai", "torch", "redis", "opentelemetry.sdk"),
+            (
+                *("distillation", "loadtest", "sklearn", "scipy", "openai", "redis", "opentelemetry.sdk"),
+                *("torch", "onnxruntime", "tokenizers"),
+            ),
         ),
         ("serving.stand_in", ("gateway", "distillation", "loadtest", "aiohttp", "sklearn", "fastapi")),
         ("distillation.learning", ("gateway", "loadtest", "sklearn", "aiohttp", "fastapi")),

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import gc
-import threading
-import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from serving.engines import Engines
+from serving.errors import ConfigError, DamagedRelease
+from serving.settings import OnnxSettings
+
+Files = dict[str, bytes]
+WORDS = {"lost": [3.0, 0.0], "late": [0.0, 4.0]}
 
 
-class Model:
-    """Something heavy."""
-
-
-class OtherModel:
-    """Something else."""
+@pytest.fixture(scope="module")
+def files(text_files: Callable[..., Files]) -> Files:
+    return text_files(WORDS)
 
 
 class TestEngines:
-    def test_the_same_content_is_one_model(self) -> None:
+    def test_the_same_files_are_one_model(self, files: Files, text_files: Callable[..., Files]) -> None:
         engines = Engines()
-        first = engines.model(Model, [b"weights", b"words"], Model)
-        assert engines.model(Model, [b"weights", b"words"], Model) is first
-        assert engines.model(Model, [b"weightsw", b"ords"], Model) is not first
-        assert isinstance(engines.model(OtherModel, [b"weights", b"words"], OtherModel), OtherModel)
+        first = engines.text_model(files)
+        assert engines.text_model({**files, "student.json": b"{}"}) is first
+        assert engines.text_model(text_files({**WORDS, "gone": [1.0, 1.0]})) is not first
 
-    def test_a_model_goes_with_the_last_who_holds_it(self) -> None:
+    def test_a_model_goes_with_the_last_who_holds_it(self, files: Files) -> None:
         engines = Engines()
-        first = engines.model(Model, [b"weights"], Model)
-        second, gone = engines.model(Model, [b"weights"], Model), weakref.ref(first)
+        first = engines.text_model(files)
+        second, gone = engines.text_model(files), weakref.ref(first)
         del first
         gc.collect()
         assert gone() is second
@@ -40,31 +40,27 @@ class TestEngines:
         gc.collect()
         assert gone() is None
 
-    def test_who_asks_meanwhile_gets_the_same(self) -> None:
-        engines, made = Engines(), []
-        begun = threading.Event()
-
-        def make() -> Model:
-            begun.set()
-            time.sleep(0.05)
-            made.append(1)
-            return Model()
-
-        with ThreadPoolExecutor(4) as threads:
-            asked = [threads.submit(engines.model, Model, [b"weights"], make) for _ in range(4)]
-            assert begun.wait(10)
-            assert len({id(one.result()) for one in asked}) == 1
-        assert made == [1]
-
-    def test_one_that_cant_be_made_is_tried_again(self) -> None:
+    def test_who_asks_at_the_same_time_gets_the_same(self, files: Files) -> None:
         engines = Engines()
+        with ThreadPoolExecutor(4) as threads:
+            models = list(threads.map(lambda _: engines.text_model(files), range(8)))
+        assert len({id(model) for model in models}) == 1
 
-        def fails() -> Model:
-            raise OSError("no memory")
+    def test_one_that_cant_be_loaded_is_tried_again(self, files: Files) -> None:
+        engines = Engines()
+        with pytest.raises(DamagedRelease):
+            engines.text_model({**files, "model.onnx": b"half"})
+        assert engines.text_model(files).width == 2
 
-        with pytest.raises(OSError, match="no memory"):
-            engines.model(Model, [b"weights"], fails)
-        assert isinstance(engines.model(Model, [b"weights"], Model), Model)
+    @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json"])
+    def test_a_file_that_is_missing_is_named(self, files: Files, name: str) -> None:
+        with pytest.raises(DamagedRelease, match=name):
+            Engines().text_model({other: data for other, data in files.items() if other != name})
+
+    def test_a_provider_that_isnt_there_is_named(self, files: Files) -> None:
+        engines = Engines(onnx=OnnxSettings(providers=["MadeUpExecutionProvider", "CPUExecutionProvider"]))
+        with pytest.raises(ConfigError, match=r"no MadeUpExecutionProvider, only .*CPUExecutionProvider"):
+            engines.text_model(files)
 
     def test_students_of_one_server_share_its_meter(self) -> None:
         engines = Engines()
