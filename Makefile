@@ -5,11 +5,17 @@ DATA ?= ../shared/data
 # Branch coverage below this share fails `make test`.
 COVERAGE ?= 85
 
+# PyTorch's build for the CPU, of the version that vLLM was built for. Package indexes have builds for GPUs under the same
+# number; where pip doesn't find this one, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS names a place that has it.
+TORCH ?= torch==2.13.0+cpu
+
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM := .venv-vllm/bin/python
+VLLM_STAMP := .venv-vllm/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-clients check format lint typecheck bench bench-gateway bench-routing chaos lock lock-clients wheel
+.PHONY: help install install-vllm demo test test-vllm test-clients check format lint typecheck bench bench-gateway bench-routing chaos lock lock-clients lock-vllm wheel
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -32,6 +38,21 @@ demo: $(STAMP) ## run the main job on example messages, then go on serving on po
 
 test: $(STAMP) ## run the tests, with branch coverage; says what it skips
 	$(BIN)/python -m pytest -q --cov --cov-branch --cov-report=term --cov-fail-under=$(COVERAGE)
+
+test-vllm: $(STAMP) $(VLLM_STAMP) ## the tests that need a real vLLM or torch: servers, training, export (makes their environment)
+	UNDERSTUDY_REQUIRE=vllm,torch $(BIN)/python -m pytest -q -m torch
+
+install-vllm: $(VLLM_STAMP) ## make .venv-vllm: vLLM, torch and transformers for the CPU (4 GB)
+
+# --no-deps: the lock is whole but for what vLLM asks for and can't use here. torchvision, torchaudio and torchcodec come as
+# builds for GPUs, which break the import beside torch's build for the CPU; triton and sentence-transformers nobody needs.
+$(VLLM_STAMP): deploy/vllm/requirements.lock
+	@test -x $(VLLM) || $(PYTHON) -m venv .venv-vllm
+	@$(VLLM) -m pip install --quiet --disable-pip-version-check --no-deps "$(TORCH)" || { \
+		echo "there is no $(TORCH) where pip looks: PyTorch's site says which index has its builds for the CPU;" \
+			"make install-vllm PIP_EXTRA_INDEX_URL=..." >&2; exit 1; }
+	$(VLLM) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r deploy/vllm/requirements.lock
+	@touch $(VLLM_STAMP)
 
 test-clients: $(STAMP) ## other people's clients through the gateway, in Python and Node; fetches them (not part of `make test`)
 	@node --version >/dev/null 2>&1 && npm --version >/dev/null 2>&1 || { \
@@ -89,6 +110,12 @@ lock-clients: $(STAMP) ## pin the newest of the clients that `make test-clients`
 		--upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--custom-compile-command "make lock-clients"
 	npm --prefix tests/clients/node update --package-lock-only
+
+lock-vllm: $(STAMP) ## pin what `make install-vllm` installs beside torch (UPGRADE=--upgrade: the newest of everything)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile deploy/vllm/requirements.in --excludes deploy/vllm/excludes.txt --output-file deploy/vllm/requirements.lock \
+		--quiet $(UPGRADE) --no-annotate --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--custom-compile-command "make lock-vllm"
 
 wheel: $(STAMP) ## build dist/understudy-*.whl
 	$(BIN)/python -m build --wheel --no-isolation

@@ -54,13 +54,20 @@ App = Callable[..., Any]
 Require = Callable[[str], None]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs torch, for `make test-vllm`."""
+    for item in items:
+        if "torch_python" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.torch)
+
+
 @pytest.fixture(scope="session")
 def require() -> Require:
     """Skip a test that needs a program this machine lacks; fail it where UNDERSTUDY_REQUIRE names it."""
 
     def check(name: str) -> None:
         if shutil.which(name) is None:
-            _absent(name, f"{name} isn't installed")
+            _absent(f"{name} isn't installed", name)
 
     return check
 
@@ -72,16 +79,16 @@ def torch_python() -> Path:
     named = os.environ.get("UNDERSTUDY_VLLM_PYTHON")
     python = beside if named is None else Path(named)
     if not python.is_file():
-        _absent(
-            "torch", f"there is no {python}: make install-vllm, or name another in UNDERSTUDY_VLLM_PYTHON"
-        )
+        why = f"there is no {python}: make install-vllm, or name another in UNDERSTUDY_VLLM_PYTHON"
+        _absent(why, "torch", "vllm")
     return python
 
 
-def _absent(name: str, why: str) -> NoReturn:
-    required = os.environ.get("UNDERSTUDY_REQUIRE", "").split(",")
-    if name in (item.strip() for item in required):
-        pytest.fail(f"{why}, and UNDERSTUDY_REQUIRE names {name}")
+def _absent(why: str, *names: str) -> NoReturn:
+    required = {item.strip() for item in os.environ.get("UNDERSTUDY_REQUIRE", "").split(",")}
+    for name in names:
+        if name in required:
+            pytest.fail(f"{why}, and UNDERSTUDY_REQUIRE names {name}")
     pytest.skip(why)
 
 

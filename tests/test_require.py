@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 Require = Callable[[str], None]
+CONFTEST = Path(__file__).with_name("conftest.py")
 ABSENT = "understudy-program-that-nobody-has"
 
 
@@ -47,3 +50,25 @@ def test_the_redis_of_the_gate_answers(require: Require, tmp_path: Path) -> None
                 assert client.recv(64) == b"+PONG\r\n"
         finally:
             server.terminate()
+
+
+@pytest.mark.parametrize(
+    ("required", "outcome"), [("", "skipped"), ("another,vllm", "error"), ("torch", "error")]
+)
+def test_an_environment_with_torch_that_is_absent_skips_or_fails(
+    required: str, outcome: str, tmp_path: Path
+) -> None:
+    """What it needs is asked in a session of its own: the fixture is the session's."""
+    (tmp_path / "conftest.py").write_text(CONFTEST.read_text())
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = torch: needs it\n")
+    (tmp_path / "test_one.py").write_text("def test_one(torch_python): pass")
+    asked = {"UNDERSTUDY_VLLM_PYTHON": str(tmp_path / "python"), "UNDERSTUDY_REQUIRE": required}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", "test_one.py"],
+        cwd=tmp_path,
+        env=os.environ | asked | {"PYTHONPATH": str(CONFTEST.parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert f"1 {outcome}" in done.stdout.splitlines()[-1], done.stdout
+    assert "make install-vllm" in done.stdout

@@ -37,10 +37,12 @@ _GUARD = "import os, sys; sys.stdin.buffer.read(); os.killpg(int(sys.argv[1]), 9
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests here may wait for a server to start; those that kill it come last."""
-    here = [item for item in items if item.path.parent == Path(__file__).parent]
-    for item in here:
+    for item in items:
+        if item.path.parent != Path(__file__).parent:
+            continue
         item.add_marker(pytest.mark.timeout(600))
-    items.sort(key=lambda item: item in here and item.get_closest_marker("kills") is not None)
+        item.add_marker(pytest.mark.torch)
+    items.sort(key=lambda item: item.get_closest_marker("kills") is not None)
 
 
 @dataclass(frozen=True)
