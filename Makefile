@@ -15,7 +15,7 @@ VLLM := .venv-vllm/bin/python
 VLLM_STAMP := .venv-vllm/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm demo test test-vllm test-clients check format lint typecheck bench bench-gateway bench-routing chaos lock lock-clients lock-vllm wheel
+.PHONY: help install install-vllm demo test test-vllm test-clients check format lint typecheck bench bench-gateway bench-routing bench-students chaos lock lock-clients lock-vllm wheel
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -90,6 +90,12 @@ bench-routing: $(STAMP) ## whether the promise is kept, and what it costs: every
 		echo "no recording at $(DATA)/banking77_gpt4/stream.csv: make bench-routing DATA=folder" \
 			"(where it comes from: docs/lab-notes.md)" >&2; exit 1; }
 	$(BIN)/python -m loadtest.routing $(DATA) $(if $(ONLY),--only $(ONLY))
+
+bench-students: $(STAMP) ## every kind of student on the same traffic, side by side (DATA=folder with the recordings, ONLY=linear, SEEDS=3)
+	@test -f $(DATA)/banking77_gpt4/stream.csv || { \
+		echo "no recording at $(DATA)/banking77_gpt4/stream.csv: make bench-students DATA=folder" \
+			"(where it comes from: docs/lab-notes.md)" >&2; exit 1; }
+	$(BIN)/python -m loadtest.students $(DATA)/banking77_gpt4 $(if $(ONLY),--only $(ONLY)) $(if $(SEEDS),--seeds $(SEEDS))
 
 chaos: $(STAMP) ## every fault in turn against a gateway under load, then 200 kills (needs redis-server; under ten minutes)
 	@command -v redis-server >/dev/null || { \

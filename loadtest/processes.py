@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
-_STATE, _PARENT, _USER, _SYSTEM = 0, 1, 11, 12
+_STATE, _PARENT, _SESSION, _USER, _SYSTEM, _RESIDENT = 0, 1, 3, 11, 12, 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,35 @@ def cpu_seconds(pid: int) -> float:
     if status is None:
         raise ProcessLookupError(f"there is no process {pid}")
     return (int(status[_USER]) + int(status[_SYSTEM])) / os.sysconf("SC_CLK_TCK")
+
+
+def resident_bytes(pid: int) -> int:
+    """Return the memory a process holds. Raises ProcessLookupError if it isn't there."""
+    status = _status(pid)
+    if status is None:
+        raise ProcessLookupError(f"there is no process {pid}")
+    return int(status[_RESIDENT]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def session_bytes(session: int) -> int:
+    """Return the memory that all processes of a session hold together; what they share counts for each."""
+    found = 0
+    for entry in _PROC.iterdir():
+        status = _status(int(entry.name)) if entry.name.isdecimal() else None
+        if status is not None and int(status[_SESSION]) == session:
+            found += int(status[_RESIDENT]) * os.sysconf("SC_PAGE_SIZE")
+    return found
+
+
+@contextlib.contextmanager
+def pinned(core: int) -> Iterator[None]:
+    """Have what is started meanwhile run on one core, with all of its threads."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _children(parent: int) -> list[int]:

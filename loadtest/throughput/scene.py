@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from loadtest.processes import pinned
 from loadtest.stack import KEY_VARIABLE, Child, start_gateway
 from routers.confidence import Confidence
 from routers.router import Router
@@ -120,7 +120,7 @@ def gateway(
         store.set_live(task, store.write(task, files, {"student": "linear"}))
     config = work / "understudy.toml"
     config.write_text(_configuration(teacher_url, state_dir), encoding="utf-8")
-    with _pinned(core):
+    with pinned(core):
         child, base_url = start_gateway(config, work / "gateway.log", checkout=checkout)
     try:
         yield Running(name, int(base_url.rpartition(":")[2].partition("/")[0]), child.pid)
@@ -132,7 +132,7 @@ def gateway(
 @contextlib.contextmanager
 def bare(work: Path, *, core: int) -> Iterator[Running]:
     """Run the bare ASGI function, pinned to a core."""
-    with _pinned(core):
+    with pinned(core):
         child = Child("bare ASGI function", [], work / "bare.log", module="loadtest.throughput.bare")
     try:
         address = child.wait_for("listens on http")
@@ -197,14 +197,3 @@ price = {{ input = 2.5, output = 10.0 }}
 [learning]
 interval_s = 0
 {tasks}"""
-
-
-@contextlib.contextmanager
-def _pinned(core: int) -> Iterator[None]:
-    """Have what is started meanwhile run on one core, with all of its threads."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
