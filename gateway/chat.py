@@ -47,7 +47,7 @@ class ChatEndpoint:
             route=client.header(names.ROUTE_HEADER),
             retries=_count(client.header(names.RETRY_COUNT_HEADER)),
         )
-        async with client.watched():
+        with client.watched():
             reply = await self._pipeline.serve(arrival, client.has_turn)
             delivered = False
             try:

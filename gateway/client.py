@@ -7,11 +7,12 @@ import random
 import re
 import time
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from types import TracebackType
 
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway import names
+from gateway.departure import STATE_KEY, Departure
 from gateway.envelope import Refusal
 from gateway.reply import JSON_TYPE, Reply
 from gateway.turn import Turn
@@ -46,6 +47,7 @@ class Client:
         self.gone = False
         self.turn: Turn | None = None
         self.failure: str | None = None
+        self.departure: Departure | None = scope.get("state", {}).get(STATE_KEY)
         self._head: list[tuple[bytes, bytes]] = []
         self._receive = receive
         self._send = send
@@ -109,30 +111,21 @@ class Client:
             if piece:
                 yield piece
 
-    @asynccontextmanager
-    async def watched(self) -> AsyncIterator[None]:
+    def watched(self) -> Watched:
         """Cancel what is done inside once the client is gone, then leave quietly (`gone` says so)."""
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("a client is watched from inside a task")
+        return Watched(self)
 
-        async def watch() -> None:
-            await self._body_read.wait()
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
-            if not self._over:
-                self.gone = True
-                task.cancel()
+    def left(self) -> bool:
+        """Say whether the client went away while an answer was made for it, and note it if so."""
+        # One that goes before its request is whole is noticed by whoever reads that.
+        self.gone = self.gone or (self._body_read.is_set() and not self._over)
+        return self.gone
 
-        watcher = asyncio.create_task(watch())
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not self.gone:
-                raise
-            task.uncancel()
-        finally:
-            watcher.cancel()
+    async def until_left(self) -> None:
+        """Return when ASGI says that the client has gone, or has its answer."""
+        await self._body_read.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
 
     async def answer(self, reply: Reply) -> None:
         """Send a reply whole, or frame by frame as its frames come."""
@@ -197,6 +190,45 @@ class Client:
         """Send the end of the body."""
         self._over = True
         await self._send({"type": "http.response.body", "body": b""})
+
+
+class Watched:
+    """While its context lasts, a client that goes away has the current task cancelled."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._task: asyncio.Task[object]
+        self._asking: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a client is watched from inside a task")
+        self._task = task
+        if self._client.departure is not None:
+            self._client.departure.then(self._leave)
+        else:  # not our own connection (gateway/edge.py)
+            self._asking = asyncio.create_task(self._ask())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if self._asking is not None:
+            self._asking.cancel()
+        elif self._client.departure is not None:
+            self._client.departure.then(None)
+        if kind is None or not issubclass(kind, asyncio.CancelledError) or not self._client.gone:
+            return False
+        self._task.uncancel()
+        return True
+
+    async def _ask(self) -> None:
+        await self._client.until_left()
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._client.left():
+            self._task.cancel()
 
 
 def request_id_of(given: str | None) -> str:

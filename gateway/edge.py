@@ -28,6 +28,7 @@ from uvicorn.server import ServerState
 
 from gateway import names
 from gateway.client import request_id_of
+from gateway.departure import STATE_KEY, Departure
 from gateway.envelope import refuse
 
 HEAD_BYTES = 64 * 1024
@@ -139,6 +140,8 @@ class Edge(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
+        if self._answering():
+            self.cycle.scope["state"][STATE_KEY].happens()
         self._stage = _Stage.IGNORED
         self._rewatch()
         self._unset_keepalive_if_required()
@@ -163,6 +166,7 @@ class Edge(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Note that a request begins."""
         super().on_message_begin()
+        self.scope["state"][STATE_KEY] = Departure()
         self._stage = _Stage.HEAD
         self._fed = self._piece
 
@@ -195,6 +199,8 @@ class Edge(HttpToolsProtocol):
         if self._stage is _Stage.HEAD:
             return  # an offer to upgrade, which the parser takes for the end of the request
         super().on_message_complete()
+        if not self.pipeline:
+            self.flow.resume_reading()  # else nobody would see the client go
         self._stage = _Stage.BETWEEN
         self._fed = 0
 

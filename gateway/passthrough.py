@@ -90,7 +90,7 @@ class Passthrough:
         # The id that the client gets back and the log names, also where the client sent none or one of no use.
         headers = [header for header in client.headers if header[0] != names.REQUEST_ID_HEADER]
         headers.append((names.REQUEST_ID_HEADER, client.request_id))
-        async with client.watched():
+        with client.watched():
             try:
                 response = await self._teacher.forward(
                     client.method, client.target, headers, body, authorization=caller.authorization

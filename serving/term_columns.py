@@ -36,11 +36,13 @@ class TermColumns:
         counted.pop(None, None)
         of_words = len(counted)
         known: Counter[int] = counted  # type: ignore[assignment]
-        known.update(chain.from_iterable(map(self._columns, chunks)))
+        recall, work_out = self._remembered, self._columns_of
+        known.update(
+            chain.from_iterable(
+                [recall(chunk) if len(chunk) <= _LONGEST_REMEMBERED else work_out(chunk) for chunk in chunks]
+            )
+        )
         return known, of_words
-
-    def _columns(self, chunk: str) -> tuple[int, ...]:
-        return self._remembered(chunk) if len(chunk) <= _LONGEST_REMEMBERED else self._columns_of(chunk)
 
     def _columns_of(self, chunk: str) -> tuple[int, ...]:
         found = map(self._pieces.get, pieces(chunk))

@@ -63,7 +63,7 @@ def listen(
             time.sleep(0.005)
 
         def connect() -> socket.socket:
-            opened.append(socket.create_connection(address, timeout=10))
+            opened.append(socket.create_connection(address, timeout=40))
             return opened[-1]
 
         return connect

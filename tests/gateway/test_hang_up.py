@@ -63,14 +63,16 @@ WAYS: dict[str, tuple[str, bool, bytes | None, bool]] = {
 }
 
 
+@pytest.mark.parametrize("edge", [True, False], ids=["our own connection", "any ASGI server's"])
 @pytest.mark.parametrize("way", WAYS)
-def test_the_teacher_is_hung_up_on_within_100_ms(serve: Start, gateway: Start, way: str) -> None:
+def test_the_teacher_is_hung_up_on_within_100_ms(serve: Start, gateway: Start, way: str, edge: bool) -> None:
     path, stream, first, seen = WAYS[way]
     teacher = Teacher(first)
-    running = gateway(serve(teacher), teacher={"timeout_s": 30.0})
+    running = gateway(serve(teacher), teacher={"timeout_s": 30.0}, edge=edge)
     address = ("127.0.0.1", int(running.url.rpartition(":")[2]))
+    # Long enough for a connection to be left unread until somebody takes what has come.
     body = json.dumps(
-        {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+        {"model": "m", "messages": [{"role": "user", "content": "hi " * 100_000}], "stream": stream}
     ).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     took: list[float] = []
