@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import replace
 
+from gateway.doctor_server import server_limits
 from gateway.finding import Finding
 from routers.meter import TokenMeter
 from serving.adapter import Adapter
@@ -14,6 +15,7 @@ from serving.classify_plan import ClassifyPlan
 from serving.device_time import DeviceTime
 from serving.errors import ConfigError, UnderstudyError
 from serving.exchange import Json
+from serving.lm import LmStudent
 from serving.lm_plan import LmPlan
 from serving.served import ServedPlan, plan_of, served_student
 from serving.settings import Settings
@@ -53,12 +55,13 @@ async def _check(plan: ServedPlan) -> Finding:
         student = served_student(plan, TokenMeter)
         try:
             answer = await student.answer(_QUESTION)
+            took = time.perf_counter() - began
+            limits = await server_limits(student) if isinstance(student, LmStudent) else ""
         finally:
             await student.aclose()
     except UnderstudyError as error:
         advice = "start it, or correct the task's student.base_url and student.model; the teacher answers meanwhile"
         return Finding("student", "problem", f"{plan.model!r}: {error}", advice)
-    took = time.perf_counter() - began
     if not math.isfinite(answer.score):
         said = f"{plan.model!r} gives no log-probabilities, so that it can never be trusted"
         return Finding(
@@ -71,7 +74,7 @@ async def _check(plan: ServedPlan) -> Finding:
         return Finding(
             "student", "ok", f"{plan.model!r} answered in {took * 1000:.0f} ms, with probabilities"
         )
-    said = f"{plan.served_as!r} answered in {took * 1000:.0f} ms, with log-probabilities{waiting}"
+    said = f"{plan.served_as!r} answered in {took * 1000:.0f} ms, {limits}{waiting}"
     if took > plan.hold_back_s:
         advice = "a faster one, or a longer student.hold_back_s: streamed requests wait that long at most"
         return Finding("student", "warning", said, advice)

@@ -19,8 +19,8 @@ from serving.errors import DamagedRelease, UpstreamRefused, UpstreamTimeout
 from serving.exchange import Json, StudentAnswer
 from serving.lm_plan import LmPlan
 from serving.lm_stream import LmStream
-from serving.logprobs import may_be_about_logprobs
 from serving.sampled_stream import SampledStream
+from serving.server_record import Asking, ServerRecord
 from serving.student import StudentStream
 from serving.student_server import StudentServer
 from serving.tally import Metering, Tally
@@ -62,7 +62,7 @@ class LmStudent:
         self.patience_s = plan.timeout_s
         self._server = server
         self._metering = metering
-        self._has_logprobs = True
+        self.record = ServerRecord(Asking(logprobs=not plan.samples))
         self._open: set[LmStream] = set()
 
     @classmethod
@@ -95,8 +95,8 @@ class LmStudent:
         return bool(self._open)
 
     def unsupported(self, request: Json) -> str | None:
-        """The feature of `request` that isn't left to a student, or None."""
-        return unsupported(request)
+        """The feature of `request` that isn't left to a student, or that its server refused just now, or None."""
+        return unsupported(request) or ("refused" if self.record.refuses(request) else None)
 
     async def answer(self, request: Json) -> StudentAnswer:
         """The whole answer to a supported request. Raises UpstreamBroken or UpstreamTimeout."""
@@ -136,7 +136,13 @@ class LmStudent:
 
         tally = Tally(self._metering(request), self.plan.marks)
         stream = LmStream(
-            ask, request, tally, plan=self.plan, limit=self._limit(request), device=self._server.device
+            ask,
+            request,
+            tally,
+            plan=self.plan,
+            limit=self._limit(request),
+            record=self.record,
+            device=self._server.device,
         )
         return stream
 
@@ -147,19 +153,21 @@ class LmStudent:
         await self._server.aclose()
 
     async def _ask(self, request: Json, *, drawn: bool) -> UpstreamResponse:
-        """Send a request; without log-probabilities from the time on that the server has refused to give them."""
-        has_logprobs = self._has_logprobs and not self.plan.samples
-        try:
-            return await self._sent(self._body(request, logprobs=has_logprobs, drawn=drawn))
-        except UpstreamRefused as error:
-            if not (has_logprobs and may_be_about_logprobs(error)):
-                raise self._server.refusal(error) from None
-        try:
-            response = await self._sent(self._body(request, logprobs=False, drawn=drawn))
-        except UpstreamRefused as error:
-            raise self._server.refusal(error) from None
-        self._has_logprobs = False
-        return response
+        """Send a request; from the time on that the server has refused something optional, without that."""
+        asking = usual = self.record.asking
+        while True:
+            try:
+                response = await self._sent(self._body(request, asking, drawn=drawn))
+            except UpstreamRefused as error:
+                instead = asking.instead(error)
+                if instead is None:
+                    self.record.refuse(request, error)
+                    raise self._server.refusal(error) from None
+                asking = instead
+            else:
+                if asking != usual:
+                    self.record.asking = asking
+                return response
 
     async def _sent(self, asked: Json) -> UpstreamResponse:
         """Send a body; a server that was started anew has lost the adapter, and loads it before it is asked again."""
@@ -171,19 +179,22 @@ class LmStudent:
         await self._loading.load()
         return await self._server.post(_CHAT, asked)
 
-    def _body(self, request: Json, *, logprobs: bool, drawn: bool) -> Json:
+    def _body(self, request: Json, asking: Asking, *, drawn: bool) -> Json:
         asked: Json = {name: request[name] for name in _PASSED_ON if request.get(name) is not None}
         asked |= {
             "model": self.plan.served_as,
             "temperature": int(drawn),
-            "max_tokens": self._limit(request),
+            asking.limit: self._limit(request),
             "stream": True,
-            "stream_options": {"include_usage": True},
         }
+        if asking.usage:
+            asked["stream_options"] = {"include_usage": True}
         if drawn:
             asked.pop("seed", None)  # all of them would be the same
-        if logprobs:
-            asked |= {"logprobs": True, "top_logprobs": self.plan.top_logprobs}
+        if asking.logprobs:
+            asked["logprobs"] = True
+        if asking.logprobs and asking.alternatives:
+            asked["top_logprobs"] = self.plan.top_logprobs
         return asked
 
     def _limit(self, request: Json) -> int:

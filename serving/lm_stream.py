@@ -19,8 +19,9 @@ from serving.estimate import unfinished_usage
 from serving.exchange import Json, StudentAnswer
 from serving.failed_answer import error_in
 from serving.lm_plan import LmPlan
-from serving.logprobs import hide_logprobs, without_logprobs
+from serving.logprobs import alternatives_in, hide_logprobs, without_logprobs
 from serving.mending import Mender
+from serving.server_record import Seen, ServerRecord
 from serving.student import CommitPlan, Piece
 from serving.student_chunk import answer_of
 from serving.student_server import StudentBroken
@@ -39,8 +40,8 @@ _LEAST_BYTES = 1024 * 1024
 class LmStream:
     """Gives the pieces of one answer to `request`; `ask` sends it, when the iteration begins. See `StudentStream`.
 
-    `limit` is how many tokens are allowed, `device` measures what the server works. Iterating raises UpstreamBroken
-    (StudentBroken among them) or UpstreamTimeout.
+    `limit` is how many tokens are allowed, `device` measures what the server works, `record` is told what it gives.
+    Iterating raises UpstreamBroken (StudentBroken among them) or UpstreamTimeout.
     """
 
     def __init__(
@@ -51,8 +52,11 @@ class LmStream:
         *,
         plan: LmPlan,
         limit: int,
+        record: ServerRecord,
         device: DeviceTime,
     ) -> None:
+        self._record = record
+        self._alternatives: int | None = None
         self.plan: CommitPlan = plan
         self._device = device
         self._share: Share | None = None
@@ -162,6 +166,8 @@ class LmStream:
             raise StudentBroken(
                 f"the student goes on after {self._tally.tokens} tokens, where max_tokens is {self._limit}"
             )
+        if self._alternatives is None:
+            self._alternatives = alternatives_in(data["choices"])
         hide_logprobs(data["choices"])
         self._ready.append(Piece(data["choices"], reached))
 
@@ -173,9 +179,16 @@ class LmStream:
             self._ready.append(Piece(data["choices"], []))
         if not self._assembler.choices:
             raise StudentBroken("the student's stream ended without an answer")
-        self._finish()
+        self._finish(streamed=True)
 
-    def _finish(self) -> None:
+    def _finish(self, *, streamed: bool) -> None:
+        self._record.seen = Seen(
+            logprobs=self._tally.sound if self._tally.tokens else None,
+            alternatives=self._alternatives or 0,
+            usage=self._assembler.usage is not None,
+            model=self._assembler.model,
+            streamed=streamed,
+        )
         self._complete = True
         self._took_s = time.perf_counter() - self._began
         self._leave()
@@ -193,7 +206,7 @@ class LmStream:
             raise StudentBroken(f"the student's answer is no completion ({len(raw)} bytes)") from None
         for data in chunks(completion, include_usage=True):
             self._take(data)
-        self._finish()
+        self._finish(streamed=False)
 
 
 def _read(event: bytes) -> Json:

@@ -37,6 +37,17 @@ def may_be_about_logprobs(error: UpstreamRefused) -> bool:
     return error.status in _REFUSALS and b"logprobs" in error.body.lower()
 
 
+def alternatives_in(choices: list[Json]) -> int | None:
+    """Return how many alternatives the first token of a chunk has; None for a chunk without log-probabilities."""
+    for choice in choices:
+        logprobs = choice.get("logprobs")
+        entries = logprobs.get("content") if isinstance(logprobs, dict) else None
+        if isinstance(entries, list) and entries and isinstance(entries[0], dict):
+            top = entries[0].get("top_logprobs")
+            return len(top) if isinstance(top, list) else 0
+    return None
+
+
 def hide_logprobs(choices: list[Json]) -> bool:
     """Set `logprobs` of all choices to null in place, as OpenAI has it when nobody asked; say if any were there."""
     found = False

@@ -81,6 +81,11 @@ class Tally:
         """The score and signals of the answer as it is now. `tokens` is how many the server says there are."""
         return (self._score(), self._meter.whole(choices, tokens)) if self._sound else (-math.inf, {})
 
+    @property
+    def sound(self) -> bool:
+        """Whether every token so far has come with a log-probability that can be one."""
+        return self._sound
+
     def _count(self, logprob: object) -> None:
         self.tokens += 1
         if isinstance(logprob, int | float) and not isinstance(logprob, bool) and logprob <= _ROUNDED:
