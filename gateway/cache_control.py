@@ -18,6 +18,7 @@ _INTERIM = frozenset(
         names.REASON_TEACHER_UNAVAILABLE,
         names.REASON_STUDENT_ERROR,
         names.REASON_STUDENT_SLOW,
+        names.REASON_STUDENT_BUSY,
         names.REASON_UNVERIFIED_KEY,
     }
 )

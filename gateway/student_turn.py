@@ -16,10 +16,12 @@ from gateway.metrics import Metrics
 from gateway.turn import Turn
 from routers.foresight import last_text
 from routers.router import Decision
+from serving.closed_answers import TextTooLong
 from serving.errors import RequestError, UpstreamError
 from serving.guarded_student import StudentUnavailable
 from serving.student import StudentStream
 from serving.student_server import StudentRefused
+from serving.text_thread import StudentBusy
 
 log = logging.getLogger("understudy.pipeline")
 
@@ -72,6 +74,11 @@ class StudentTurn:
             raise
         except StudentRefused:
             return _unsupported(turn, "refused")
+        except TextTooLong:
+            return _unsupported(turn, "length")
+        except StudentBusy:
+            turn.spoiled = True  # load decided, not the router (STATISTICS.md §1)
+            return names.REASON_STUDENT_BUSY
         except Exception as error:
             return self._failed(turn, release, error)
         finally:

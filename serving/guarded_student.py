@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from serving.breaker import Breaker
+from serving.closed_answers import TextTooLong
 from serving.errors import UnderstudyError
 from serving.exchange import Json, StudentAnswer
 from serving.student import CommitPlan, Piece, Student, StudentStream
 from serving.student_server import StudentRefused
+from serving.text_thread import StudentBusy
 
 
 class StudentUnavailable(UnderstudyError):
@@ -52,6 +54,9 @@ class GuardedStudent:
             raise StudentUnavailable(f"it gave no answer within {self.patience_s:g} s") from None
         except StudentRefused:
             breaker.succeeded(ticket)  # the request's fault
+            raise
+        except (StudentBusy, TextTooLong):
+            breaker.abandoned(ticket)  # it wasn't asked
             raise
         except Exception:
             breaker.failed(ticket)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from serving.encoder import KIND as ENCODER
+from serving.encoder import EncoderStudent
 from serving.engines import Engines
 from serving.errors import DamagedRelease
 from serving.linear import LinearStudent
@@ -15,13 +17,15 @@ def load_student(release: Release, metering: Metering, engines: Engines) -> Stud
     """The student of a release, ready to answer.
 
     `metering` makes the signals of a language model's answers; `engines` is what the students of a process share.
-    Raises DamagedRelease if its files can't be read.
+    Raises DamagedRelease if its files can't be read, and ConfigError where what it runs on isn't there.
     """
     kind = release.card.get("student")
     if kind == "linear":
         return LinearStudent.load(release.files)
     if is_served(release):
         return load_served(release.files, metering, engines)
+    if kind == ENCODER:
+        return EncoderStudent.load(release.files, engines)
     raise DamagedRelease(
         f"release {release.name} of task {release.task} holds a student of kind {kind!r}, "
         "which this version can't serve"

@@ -85,7 +85,7 @@ class TextModel:
 
     def read(self, texts: Sequence[Tokens]) -> Floats:
         """The numbers of each text, float32[n, k], read together. Raises what ONNX Runtime raises."""
-        shape = (len(texts), max(map(len, texts)))
+        shape = (len(texts), max(1, *map(len, texts)))  # even of nothing there is something to read
         ids: Ints = np.full(shape, self._pad_id, dtype=np.int64)
         mask: Ints = np.zeros(shape, dtype=np.int64)
         types: Ints = np.zeros(shape, dtype=np.int64)

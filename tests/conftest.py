@@ -542,12 +542,20 @@ def publish() -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def text_files() -> Callable[..., dict[str, bytes]]:
-    """Make the files of a small model for ONNX Runtime: a text's numbers are the mean of its words' `weights`."""
+    """Make the files of a small model for ONNX Runtime: a text's numbers are the mean of its words' `weights`.
+
+    It takes the time of so many large products (`slow`), and fails on texts with a certain word.
+    """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     def make(
-        weights: dict[str, list[float]], *, longest: int | None = 32, precision: str | None = "fp32"
+        weights: dict[str, list[float]],
+        *,
+        longest: int | None = 32,
+        precision: str | None = "fp32",
+        slow: int = 0,
+        fails_on: str | None = None,
     ) -> dict[str, bytes]:
         width = len(next(iter(weights.values())))
         table = np.array([[0.0] * width, [0.0] * width, *weights.values()], dtype=np.float32)
@@ -560,7 +568,19 @@ def text_files() -> Callable[..., dict[str, bytes]]:
             helper.make_node("ReduceSum", ["seen", "tokens"], ["sum"], keepdims=0),
             helper.make_node("ReduceSum", ["weight", "tokens"], ["count"], keepdims=0),
             helper.make_node("Max", ["count", "one"], ["divisor"]),
-            helper.make_node("Div", ["sum", "divisor"], ["logits"]),
+            helper.make_node("Div", ["sum", "divisor"], ["mean"]),
+            # A place that isn't in the table of one is what the word leads to.
+            helper.make_node("Gather", ["places", "input_ids"], ["place"]),
+            helper.make_node("Gather", ["one", "place"], ["ones"]),
+            helper.make_node("ReduceMin", ["ones"], ["least"], keepdims=0),
+            helper.make_node("Expand", ["least", "large"], ["product0"]),
+            *(
+                helper.make_node("MatMul", [f"product{number}", "square"], [f"product{number + 1}"])
+                for number in range(slow)
+            ),
+            helper.make_node("ReduceMin", [f"product{slow}"], ["nothing"], keepdims=0),
+            helper.make_node("Mul", ["nothing", "zero"], ["zeros"]),
+            helper.make_node("Add", ["mean", "zeros"], ["logits"]),
         ]
         given = [
             helper.make_tensor_value_info(name, TensorProto.INT64, ["n", "tokens"])
@@ -572,6 +592,10 @@ def text_files() -> Callable[..., dict[str, bytes]]:
             "last": np.array([2]),
             "tokens": np.array([1]),
             "one": np.array([1.0], dtype=np.float32),
+            "places": np.array([int(word == fails_on) for word in vocabulary]),
+            "large": np.array([1000, 1000] if slow else [1, 1]),
+            "square": np.full((1000, 1000) if slow else (1, 1), 0.001, dtype=np.float32),
+            "zero": np.zeros(1, dtype=np.float32),
         }
         held = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
         graph = helper.make_graph(nodes, "words", given, [made], held)

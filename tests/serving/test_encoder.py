@@ -1,0 +1,252 @@
+"""The student `encoder` in process: the same answers learned and served, from a thread with a line before it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from routers.meter import TokenMeter
+from serving.closed_answers import ANSWERS_FILE, AnswerSpace, KnownAnswer, TextTooLong, TokenEstimate
+from serving.closed_students import load_closed_student
+from serving.encoder import Encoder, EncoderStudent
+from serving.engines import Engines
+from serving.errors import DamagedRelease
+from serving.exchange import StudentAnswer
+from serving.guarded_student import GuardedStudent
+from serving.releases import Release
+from serving.students import load_student
+from serving.text_thread import LIMIT, StudentBusy, TextThread, UnreadableText
+
+Files = dict[str, bytes]
+T = TypeVar("T")
+WORDS = {
+    "lost": [9.0, 0.0, 1.0],
+    "late": [0.0, 7.0, 0.5],
+    "money": [0.0, 0.5, 8.0],
+    "endless": [float("inf"), 0.0, 0.0],
+    "boom": [0.0, 0.0, 0.0],
+    "card": [1.0, 0.5, 0.0],
+}
+SPACE = AnswerSpace(
+    [KnownAnswer(key, [{"message": {"content": key}}], 2, seen=5) for key in ("lost", "late", "refund")],
+    TokenEstimate(8.0, 0.25),
+)
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8"])
+def files(request: pytest.FixtureRequest, text_files: Callable[..., Files]) -> Files:
+    model = text_files(WORDS, precision=request.param, fails_on="boom")
+    return {**model, ANSWERS_FILE: SPACE.dump("encoder")}
+
+
+@pytest.fixture(scope="module")
+def encoder(files: Files) -> Encoder:
+    return Encoder.load(files, Engines())
+
+
+def asked(text: str) -> dict[str, Any]:
+    return {"model": "m", "messages": [{"role": "user", "content": text}]}
+
+
+def with_student(files: Files, use: Callable[[EncoderStudent], Coroutine[Any, Any, T]]) -> T:
+    """Use a student as a gateway would, and close it."""
+
+    async def play() -> T:
+        student = EncoderStudent.load(files, Engines())
+        try:
+            async with asyncio.timeout(60):
+                return await use(student)
+        finally:
+            await student.aclose()
+
+    return asyncio.run(play())
+
+
+def content(answer: StudentAnswer) -> str:
+    said: str = answer.choices[0]["message"]["content"]
+    return said
+
+
+class TestAnswers:
+    def test_what_learning_sees_is_what_is_served(self, files: Files, encoder: Encoder) -> None:
+        texts = ["lost card", "late", "money card card", "something else", "", "late money"]
+
+        async def use(student: EncoderStudent) -> list[StudentAnswer]:
+            alone = [await student.answer(asked(text)) for text in texts]
+            together = await asyncio.gather(*(student.answer(asked(text)) for text in texts))
+            assert not student.busy
+            return [*alone, *together]
+
+        for text, answer in zip(texts * 2, with_student(files, use), strict=True):
+            predicted = encoder.predict(text)
+            assert content(answer) == encoder.answers[predicted.index].key
+            assert answer.score == pytest.approx(predicted.score, abs=1e-5)
+            assert answer.signals == pytest.approx(predicted.signals, abs=1e-5)
+            assert (answer.model, (answer.usage or {})["completion_tokens"]) == ("encoder", 2)
+            assert 0 < answer.took_s <= answer.latency_s
+
+    @settings(max_examples=25, deadline=None)
+    @given(
+        texts=st.lists(
+            st.lists(st.sampled_from(["lost", "late", "money", "card", "odd"]), max_size=32).map(" ".join),
+            min_size=1,
+            max_size=LIMIT,
+        )
+    )
+    def test_whatever_is_asked_together_is_answered_as_alone(
+        self, files: Files, encoder: Encoder, texts: list[str]
+    ) -> None:
+        async def use(student: EncoderStudent) -> list[StudentAnswer]:
+            return await asyncio.gather(*(student.answer(asked(text)) for text in texts))
+
+        for text, answer in zip(texts, with_student(files, use), strict=True):
+            predicted = encoder.predict(text)
+            assert answer.score == pytest.approx(predicted.score, abs=1e-4)
+            if predicted.score > 1e-3:
+                assert content(answer) == encoder.answers[predicted.index].key
+
+    def test_what_it_isnt_made_for(self, files: Files) -> None:
+        async def use(student: EncoderStudent) -> None:
+            assert student.unsupported(asked("lost")) is None
+            assert student.unsupported({**asked("lost"), "tools": [{}]}) == "tools"
+            student.stream(asked("lost"))
+            with pytest.raises(TextTooLong):
+                await student.answer(asked("card " * 33))
+
+        with_student(files, use)
+
+
+class TestLine:
+    def test_it_has_an_end(self, files: Files) -> None:
+        async def use(student: EncoderStudent) -> list[StudentAnswer | BaseException]:
+            asking = [student.answer(asked("lost")) for _ in range(LIMIT + 6)]
+            told = await asyncio.gather(*asking, return_exceptions=True)
+            assert content(await student.answer(asked("late"))) == "late"  # there is room again
+            return told
+
+        told = with_student(files, use)
+        assert [isinstance(one, StudentAnswer) for one in told] == [True] * LIMIT + [False] * 6
+        assert all(isinstance(one, StudentBusy) for one in told[LIMIT:])
+
+    def test_a_full_line_says_nothing_of_the_student(self, files: Files) -> None:
+        async def use(student: EncoderStudent) -> None:
+            guarded = GuardedStudent(student)
+            asking = [guarded.answer(asked("lost")) for _ in range(4 * LIMIT)]
+            told = await asyncio.gather(*asking, return_exceptions=True)
+            assert sum(isinstance(one, StudentBusy) for one in told) == 3 * LIMIT
+            for _ in range(30):
+                with pytest.raises(TextTooLong):
+                    await guarded.answer(asked("card " * 33))
+            assert content(await guarded.answer(asked("lost"))) == "lost"
+
+        with_student(files, use)
+
+    def test_only_what_is_at_fault_fails(self, files: Files) -> None:
+        texts = ["lost", "boom", "late", "endless", "card " * 33, "lost late boom", "money"]
+
+        async def use(student: EncoderStudent) -> list[StudentAnswer | BaseException]:
+            asking = [student.answer(asked(text)) for text in texts]
+            told = await asyncio.gather(*asking, return_exceptions=True)
+            assert not student.busy
+            assert content(await student.answer(asked("money"))) == "refund"  # it goes on
+            return told
+
+        told = with_student(files, use)
+        answered = {
+            text: content(one)
+            for text, one in zip(texts, told, strict=True)
+            if isinstance(one, StudentAnswer)
+        }
+        assert answered == {"lost": "lost", "late": "late", "money": "refund"}
+        assert isinstance(told[3], UnreadableText)
+        assert isinstance(told[4], TextTooLong)
+        assert "out of" in str(told[1])  # ONNX Runtime's own words
+
+    def test_who_has_left_isnt_answered(self, text_files: Callable[..., Files]) -> None:
+        model = text_files(WORDS, precision="int8", slow=8)
+        files = {**model, ANSWERS_FILE: SPACE.dump("encoder")}
+
+        async def use(student: EncoderStudent) -> None:
+            gone = [asyncio.create_task(student.answer(asked("late"))) for _ in range(LIMIT - 1)]
+            stays = asyncio.create_task(student.answer(asked("lost")))
+            await asyncio.sleep(0)
+            for one in gone:
+                one.cancel()
+            answer = await stays
+            assert content(answer) == "lost"
+            # Of all that had been before it, one was read at most; it would have waited for all of them.
+            assert answer.latency_s < 20 * answer.took_s
+            assert all(one.cancelled() for one in gone)
+
+        with_student(files, use)
+
+    def test_closing_ends_its_thread(self, files: Files) -> None:
+        def threads() -> set[threading.Thread]:
+            return {one for one in threading.enumerate() if one.name == "understudy-texts"}
+
+        async def play() -> None:
+            before = threads()
+            student = EncoderStudent.load(files, Engines())
+            assert threads() == before  # nobody has asked
+            await student.answer(asked("lost"))
+            assert len(threads() - before) == 1
+            asking = [asyncio.create_task(student.answer(asked("lost"))) for _ in range(20)]
+            await asyncio.sleep(0)
+            await student.aclose()
+            told = await asyncio.gather(*asking, return_exceptions=True)
+            assert all(isinstance(one, StudentAnswer | StudentBusy) for one in told)
+            assert threads() == before
+            with pytest.raises(StudentBusy, match="closed"):
+                await student.answer(asked("lost"))
+            await student.aclose()
+
+        asyncio.run(play())
+
+    def test_an_event_loop_that_ended_doesnt_matter(self, files: Files) -> None:
+        texts = TextThread(Engines().text_model(files))
+
+        async def leave() -> None:
+            task = asyncio.create_task(texts.read("lost"))
+            await asyncio.sleep(0)
+            task.cancel()
+
+        async def stay() -> list[float]:
+            numbers: list[float] = (await texts.read("lost")).numbers.tolist()
+            await texts.aclose()
+            return numbers
+
+        asyncio.run(leave())
+        assert asyncio.run(stay()) == [9.0, 0.0, 1.0]
+
+
+class TestReleases:
+    def release(self, files: Files) -> Release:
+        return Release("intents", "r0001", {"student": "encoder"}, files)
+
+    def test_files_are_the_same_again(self, files: Files, encoder: Encoder) -> None:
+        assert encoder.files() == files
+        again = load_closed_student(encoder.files(), Engines())
+        assert again.predict("lost card") == encoder.predict("lost card")
+        assert again.sees == "message"
+
+    def test_a_release_is_served_by_its_kind(self, files: Files) -> None:
+        assert isinstance(load_student(self.release(files), TokenMeter, Engines()), EncoderStudent)
+
+    @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", ANSWERS_FILE])
+    def test_a_file_that_is_missing_is_named(self, files: Files, name: str) -> None:
+        lacking = {other: data for other, data in files.items() if other != name}
+        with pytest.raises(DamagedRelease, match=name):
+            Encoder.load(lacking, Engines())
+
+    def test_another_models_answers_are_told(self, files: Files) -> None:
+        answers = orjson.loads(files[ANSWERS_FILE])
+        spoilt = {**files, ANSWERS_FILE: orjson.dumps({**answers, "answers": answers["answers"][1:]})}
+        with pytest.raises(DamagedRelease, match=r"tells 3 answers .* has 2: one of them is another model's"):
+            load_student(self.release(spoilt), TokenMeter, Engines())
