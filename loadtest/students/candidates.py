@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from loadtest.students.split import Split
+from loadtest.students.vllm_server import vllm_server
+from loadtest.tiny_models import NotTrained, Recipe, trained
 from serving.errors import UnderstudyError
 from serving.exchange import Json
+
+_TRAINS_LM = 0.8
+_FEWEST_STEPS, _ROWS_A_STEP = 200, 3
 
 
 class Missing(UnderstudyError):
@@ -56,5 +63,48 @@ def linear(means: Means, split: Split, work: Path) -> Iterator[Ready]:
     yield Ready({"kind": "linear"})
 
 
-CANDIDATES: dict[str, Make] = {"linear": linear}
+@contextlib.contextmanager
+def lm(means: Means, split: Split, work: Path) -> Iterator[Ready]:
+    """A language model on vLLM: the one that was named, or a tiny one, trained on most of the training half.
+
+    The rest is what its confidence is learned from.
+    """
+    if means.python is None or not means.python.is_file():
+        raise Missing(
+            f"it needs the Python of an environment with vLLM (make install-vllm) and got {means.python}: name it "
+            "with --python or UNDERSTUDY_VLLM_PYTHON"
+        )
+    choice: Json = {"kind": "lm", "model": "small", "max_tokens": 32}
+    folder = means.lm_model
+    if folder is None:
+        learned_from = int(_TRAINS_LM * len(split.training))
+        folder = _tiny_lm(means, means.python, split, learned_from)
+        choice["trained_until"] = split.moment(learned_from - 1).isoformat()
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    with vllm_server(means.python, folder, "small", work, core=means.core) as server:
+        yield Ready(
+            {**choice, "base_url": server.base_url},
+            server=server.session,
+            start_s=server.start_s,
+            model_bytes=size,
+        )
+
+
+def _tiny_lm(means: Means, python: Path, split: Split, count: int) -> Path:
+    means.models.mkdir(parents=True, exist_ok=True)
+    rows, prompt = (means.models / f"{split.seed}-{count}-{name}" for name in ("rows.csv", "prompt.txt"))
+    prompt.write_text(split.prompt, encoding="utf-8")
+    with rows.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "teacher"])
+        writer.writerows((example.text, example.teacher) for example in split.training[:count])
+    steps = max(_FEWEST_STEPS, count // _ROWS_A_STEP)
+    recipe = Recipe("lm", rows=(rows,), prompts=(prompt,), held_out=20, steps=steps)
+    try:
+        return trained(recipe, means.models, python=python)
+    except (NotTrained, subprocess.TimeoutExpired) as error:
+        raise Missing(str(error)) from error
+
+
+CANDIDATES: dict[str, Make] = {"linear": linear, "lm": lm}
 """By the name that `--only` knows; the first is what the others are compared with."""

@@ -48,6 +48,10 @@ def _dollars(usd: float) -> str:
     return f"${usd:.6f}" if usd < 0.01 else f"${usd:.4f}"
 
 
+def _ratio(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def _times(factor: float) -> str:
     return f"{factor:,.0f} ×"
 
@@ -97,7 +101,7 @@ def table_of(outcomes: Mapping[str, Sequence[Outcome]]) -> Table:
             mean = _mean(measure, measured)
             cell = "–" if mean is None else measure.say(mean)
             if measure.compared and mean is not None and base and measured is not first:
-                cell += f" ({mean / base:.3g} ×)"
+                cell += f" ({_ratio(mean / base)} ×)"
             cells.append(cell)
         table.add_row(measure.name, *cells)
     return table
