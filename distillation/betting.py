@@ -14,8 +14,10 @@ import numpy as np
 from distillation.candidate import Candidate
 from distillation.cross_fit import cross_fit
 from distillation.dataset import Dataset, Row
+from distillation.features import FeaturesOf
 from distillation.gate import Look, closed_release, held_out_of, rank_held_out, spread_of
 from distillation.hopeless import Hopeless
+from distillation.linear_training import TermCounts
 from distillation.named_answers import answer_terms
 from distillation.past import Past, PastRelease, propensity_of
 from routers.candidate import bet, fix_levels
@@ -32,10 +34,13 @@ def freeze(
     number: int,
     serial: int,
     after: float,
+    features_of: FeaturesOf = TermCounts,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Candidate:
     """Fix a candidate by everything known at the time `after`. Arguments otherwise as those of `take_look`."""
-    fitted = cross_fit(dataset.rows, seed=serial, sees=policy.student.sees, progress=progress)
+    fitted = cross_fit(
+        dataset.rows, seed=serial, sees=policy.student.sees, features_of=features_of, progress=progress
+    )
     propensity = propensity_of(dataset, past)
     confidence = rank_held_out(fitted, 1.0 / propensity, serial)
     ranks = confidence.ranks(fitted.scores, fitted.signals, fitted.predicted)

@@ -1,7 +1,13 @@
-"""A candidate: a student that was fixed to be tested by the labels to come; `state/tasks/<task>/candidate.json`."""
+"""A candidate: a student that was fixed to be tested by the labels to come; `state/tasks/<task>/candidate.json`.
+
+A sentence encoder that it is built on lies beside, under the checksums of its files:
+
+    state/tasks/<task>/candidate/<SHA-256>
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from base64 import b64decode, b64encode
 from dataclasses import dataclass, field
@@ -14,13 +20,16 @@ from distillation.past import PastRelease, past_of
 from routers.candidate import FixedLevels
 from routers.router import Router
 from serving.disk import Disk
+from serving.engines import MODEL_FILE, TOKENIZER_FILE, Engines
 from serving.errors import DamagedRelease
 from serving.exchange import Json
 from serving.layout import task_directory
 from serving.releases import CANDIDATE_FILE
-from serving.settings import TaskPolicy
+from serving.settings import StudentChoice, TaskPolicy
+from serving.shared_files import write_shared
 
 SCHEMA = 1
+_BESIDE = (MODEL_FILE, TOKENIZER_FILE)
 
 GROWTH = 2.0
 """A candidate that hasn't passed makes room for the next when there are this many times the labels it was fitted on."""
@@ -52,12 +61,13 @@ class Candidate:
 class CandidateFile:
     """The candidate of one task on disk: one file that is replaced whole.
 
-    Only who learns the task may write it (`LookJournal.alone`).
+    Only who learns the task may write it (`LookJournal.alone`). `engines` is what its student may share with others.
     """
 
     state_dir: Path
     task: str
     disk: Disk = field(default_factory=Disk)
+    engines: Engines | None = None
 
     @property
     def _path(self) -> Path:
@@ -73,9 +83,9 @@ class CandidateFile:
             content = data["content"]
             if data["schema"] != SCHEMA or data["checksum"] != _checksum(content):
                 return None
-            if content["promise"] != promise_of(policy):
+            if not _is_same(content["promise"], promise_of(policy)):
                 return None
-            return _candidate(self.task, content)
+            return self._candidate(content)
         except FileNotFoundError:
             return None
         except (AttributeError, KeyError, TypeError, ValueError, DamagedRelease):
@@ -83,11 +93,16 @@ class CandidateFile:
 
     def write(self, candidate: Candidate, policy: TaskPolicy) -> None:
         """Replace what is there, durably."""
+        files = candidate.release.files()
+        beside = {name: hashlib.sha256(files[name]).hexdigest() for name in _BESIDE if name in files}
+        for name, checksum in beside.items():
+            self._put_beside(files[name], checksum)
         content: Json = {
             "promise": promise_of(policy),
             "files": {
-                name: b64encode(data).decode("ascii") for name, data in candidate.release.files().items()
+                name: b64encode(data).decode("ascii") for name, data in files.items() if name not in beside
             },
+            "beside": beside,
             "levels": candidate.levels.to_json(),
             "number": candidate.number,
             "labels": candidate.labels,
@@ -102,6 +117,46 @@ class CandidateFile:
         )
         self.disk.rename(temporary, self._path)
         self.disk.sync_directory(self._path.parent)
+        for left in self._beside.glob("*"):
+            if left.name not in beside.values():
+                self.disk.remove(left)
+
+    @property
+    def _beside(self) -> Path:
+        return self._path.with_suffix("")
+
+    def _put_beside(self, data: bytes, checksum: str) -> None:
+        """Durable before the candidate that names it is."""
+        self.disk.make_directory(self._beside)
+        path = self._beside / checksum
+        with contextlib.suppress(FileNotFoundError):
+            if hashlib.sha256(path.read_bytes()).hexdigest() == checksum:
+                return
+            self.disk.remove(path)
+        temporary = path.with_name(".writing")
+        self.disk.remove(temporary)
+        write_shared(temporary, data, checksum, state_dir=self.state_dir, disk=self.disk)
+        self.disk.rename(temporary, path)
+        self.disk.sync_directory(self._beside)
+
+    def _candidate(self, content: Json) -> Candidate:
+        files = {str(name): b64decode(data, validate=True) for name, data in content["files"].items()}
+        for name, checksum in content.get("beside", {}).items():
+            files[name] = (self._beside / str(checksum)).read_bytes()
+            if hashlib.sha256(files[name]).hexdigest() != checksum:
+                raise DamagedRelease(
+                    f"{name} of the candidate of task {self.task} doesn't match its checksum"
+                )
+        release = past_of(files, f"the candidate of task {self.task}", self.engines)
+        return Candidate(
+            release=release,
+            levels=FixedLevels.from_json(content["levels"]),
+            number=int(content["number"]),
+            labels=int(content["labels"]),
+            after=float(content["after"]),
+            serial=int(content["serial"]),
+            served=None if content["served"] is None else Router.load(content["served"].encode("utf-8")),
+        )
 
 
 def promise_of(policy: TaskPolicy) -> Json:
@@ -116,19 +171,11 @@ def promise_of(policy: TaskPolicy) -> Json:
     }
 
 
+def _is_same(fixed_for: Json, promise: Json) -> bool:
+    """Whether it is the promise that a candidate was fixed for. Settings there weren't then had their defaults."""
+    student = {**StudentChoice().model_dump(mode="json"), **fixed_for["student"]}
+    return {**fixed_for, "student": student} == promise
+
+
 def _checksum(content: Any) -> str:
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
-
-
-def _candidate(task: str, content: Json) -> Candidate:
-    files = {str(name): b64decode(data, validate=True) for name, data in content["files"].items()}
-    release: PastRelease = past_of(files, f"the candidate of task {task}")
-    return Candidate(
-        release=release,
-        levels=FixedLevels.from_json(content["levels"]),
-        number=int(content["number"]),
-        labels=int(content["labels"]),
-        after=float(content["after"]),
-        serial=int(content["serial"]),
-        served=None if content["served"] is None else Router.load(content["served"].encode("utf-8")),
-    )

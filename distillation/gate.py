@@ -17,8 +17,10 @@ from threadpoolctl import threadpool_limits
 from distillation.ahead import Ahead
 from distillation.cross_fit import cross_fit
 from distillation.dataset import Dataset
+from distillation.features import FeaturesOf
 from distillation.foreseeing import Foreseeing
 from distillation.hopeless import Early, Hopeless, find_hopeless
+from distillation.linear_training import TermCounts
 from distillation.named_answers import answer_terms
 from distillation.past import Past, PastRelease, propensity_of
 from distillation.refused import Refused
@@ -80,16 +82,20 @@ def take_look(
     number: int,
     seed: int,
     stakes: Stakes | None = None,
+    features_of: FeaturesOf = TermCounts,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Look[PastRelease]:
     """Fit linear students, score out of fold, and test the promise with what look `number` may spend.
 
     `past` holds every release the dataset's traffic met (see `Dataset.without_period`). `seed` deals folds and thins.
     `stakes` is what an answer of student and teacher takes and costs; None: not known, so that nothing is skipped.
-    The dataset is what a student sees that sees as `policy` says. Raises ValueError when there is nothing to learn
+    `features_of` makes of the texts what students are fitted to. The dataset is what a student sees that sees as
+    `policy` says. Raises ValueError when there is nothing to learn
     from.
     """
-    fitted = cross_fit(dataset.rows, seed=seed, sees=policy.student.sees, progress=progress)
+    fitted = cross_fit(
+        dataset.rows, seed=seed, sees=policy.student.sees, features_of=features_of, progress=progress
+    )
 
     release = partial(closed_release, fitted.student)
     return judge(

@@ -7,15 +7,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from distillation.dataset import Dataset, dataset_of
+from distillation.features import FeaturesOf
 from distillation.past import Past, read_past, redoable
 from routers.foresight_fit import Stakes
+from serving.embedded import MODEL as EMBEDDED
+from serving.embedder_folder import UnfitEmbedder
 from serving.engines import Engines
-from serving.errors import UnderstudyError
+from serving.errors import ConfigError, UnderstudyError
 from serving.exchange import Exchange, Json, StudentAnswer
+from serving.linear import MODEL as LINEAR
 from serving.releases import ReleaseStore
 from serving.settings import TaskSettings
 
 if TYPE_CHECKING:
+    from distillation.embedder import SentenceEncoder
     from distillation.gate import Look  # scikit-learn: imported only once a look is due
 
 Progress = Callable[[str], None]
@@ -73,12 +78,24 @@ class Kind(Protocol):
 
 
 class LinearKind:
-    """The student `linear`: fitted here, on the very rows it is judged on."""
+    """The student `linear`: fitted here, on the very rows it is judged on.
 
-    def __init__(self, store: ReleaseStore, policy: TaskSettings, engines: Engines | None = None) -> None:
+    `load_encoder` loads the sentence encoder of one over embeddings, and raises UnfitEmbedder or ConfigError; None: it
+    counts terms. `engines` is what it shares with the releases on disk.
+    """
+
+    def __init__(
+        self,
+        store: ReleaseStore,
+        policy: TaskSettings,
+        engines: Engines | None = None,
+        load_encoder: Callable[[Progress], SentenceEncoder] | None = None,
+    ) -> None:
         self._store = store
         self._policy = policy
         self._engines = engines or Engines()
+        self._load_encoder = load_encoder
+        self._encoder: SentenceEncoder | None = None
 
     def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
         """Rows by what the student sees."""
@@ -88,13 +105,31 @@ class LinearKind:
         self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress
     ) -> tuple[Mapping[str, Past], Dataset]:
         """The releases on disk; the traffic of those that can't be redone is left out."""
+        if self._load_encoder is not None:
+            try:
+                self._encoder = self._load_encoder(lambda said: progress(f"{self._policy.name}: {said}"))
+            except (UnfitEmbedder, ConfigError) as error:
+                raise StudentSilent(str(error)) from error
         read = partial(read_past, self._store, self._policy.name, engines=self._engines)
         return redoable(read, self._policy.name, dataset, progress)
+
+    def features_of(self, progress: Progress) -> FeaturesOf:
+        """What makes of texts what students are fitted to; `progress` hears of it. Once it is prepared."""
+        if self._encoder is None:
+            from distillation.linear_training import TermCounts
+
+            return TermCounts
+        from distillation.embedding_training import Embeddings
+
+        return partial(
+            Embeddings, embedder=self._encoder.model, encoder=self._encoder.files, progress=progress
+        )
 
     def given(self, exchanges: Sequence[Exchange]) -> list[StudentAnswer]:
         """By the log."""
         answers = [exchange.student for exchange in exchanges if not exchange.replayed]
-        return [one for one in answers if one is not None and one.model == "linear"]
+        model = LINEAR if self._load_encoder is None else EMBEDDED
+        return [one for one in answers if one is not None and one.model == model]
 
     @property
     def asked(self) -> Sequence[StudentAnswer]:
@@ -115,12 +150,24 @@ class LinearKind:
         from distillation.gate import take_look
 
         return take_look(
-            dataset, past, self._policy, number=number, seed=seed, stakes=stakes, progress=progress
+            dataset,
+            past,
+            self._policy,
+            number=number,
+            seed=seed,
+            stakes=stakes,
+            features_of=self.features_of(progress),
+            progress=progress,
         )
 
     def remarks(self, dataset: Dataset, look: Look[Past]) -> Json:
-        """What of a conversation it sees."""
-        return {"sees": self._policy.student.sees}
+        """What of a conversation it sees, and what it is fitted to."""
+        embedder = self._policy.student.embedder
+        return {
+            "sees": self._policy.student.sees,
+            "features": self._policy.student.features,
+            "embedder": None if embedder is None else embedder.name,
+        }
 
     def close(self) -> None:
         """Nothing was taken."""

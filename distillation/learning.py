@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distillation.candidate import Candidate, CandidateFile
@@ -33,9 +35,12 @@ from serving.settings import RESERVED_TASKS, Settings, TaskSettings
 from serving.student_answers import ErasedMeanwhile
 
 if TYPE_CHECKING:
+    from distillation.embedder import SentenceEncoder
     from distillation.gate import Look  # scikit-learn: imported only where something is fitted
 
 CARD_SCHEMA = 1
+_REMEMBERED = 100_000
+"""So many texts' embeddings are kept while a task is learned: each release and each fold asks for them again."""
 
 Progress = Callable[[str], None]
 
@@ -101,8 +106,9 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
     journal = LookJournal(settings.state_dir, task)
     with journal.alone(), ExitStack() as stack:
         policy = settings.for_task(task)
+        engines = Engines(onnx=settings.student.onnx, remember=_REMEMBERED)
         try:
-            kind = _kind(settings, policy)
+            kind = _kind(settings, policy, engines)
         except ConfigError as error:  # of one task: the others are learned all the same
             return Lesson(task, "held", f"no look was taken: {error}", 0)
         stack.callback(kind.close)
@@ -118,7 +124,7 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         dataset = kind.dataset(exchanges)
         # Labels of another teacher are none, so that looks begin as they do after a withdrawal.
         fence = max(fence, dataset.teacher_since)
-        candidates = CandidateFile(settings.state_dir, task)
+        candidates = CandidateFile(settings.state_dir, task, engines=engines)
         betting = policy.admission == "e-process"
         candidate = candidates.read(policy) if betting else None
         noisy = too_noisy(dataset, policy) is not None
@@ -145,10 +151,10 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
                 day = time.strftime("%Y-%m-%d", time.gmtime(dataset.teacher_since))
                 message += f". The teacher has changed on {day}: only labels from then on count"
             return Lesson(task, outcome, message, labels, waiting.needed)
-        if betting:
+        if isinstance(kind, LinearKind) and betting:
             last = max(one.created for one in exchanges)
             return _freeze(
-                settings, task, candidates, dataset, past, journal, policy, last, read_at, began_s, progress
+                settings, kind, candidates, dataset, past, journal, policy, last, read_at, began_s, progress
             )
         stakes = stakes_of(exchanges, kind.given(exchanges), settings.student, policy.student)
         return _look(
@@ -156,14 +162,22 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         )
 
 
-def _kind(settings: Settings, policy: TaskSettings) -> Kind:
-    """What learns the kind of student that the task is to have."""
+def _kind(settings: Settings, policy: TaskSettings, engines: Engines) -> Kind:
+    """What learns the kind of student that the task is to have. `engines` is what it shares with its releases."""
     store = ReleaseStore(settings.state_dir)
     if not policy.student.served:
-        return LinearKind(store, policy, Engines(onnx=settings.student.onnx))
+        embedder = policy.student.embedder
+        load = None if embedder is None else partial(_load_encoder, settings, embedder, engines)
+        return LinearKind(store, policy, engines, load)
     from distillation.served_kind import ServedKind  # the HTTP client: imported only where a student is asked
 
     return ServedKind(settings, store, policy)
+
+
+def _load_encoder(settings: Settings, folder: Path, engines: Engines, progress: Progress) -> SentenceEncoder:
+    from distillation.embedder import read_embedder
+
+    return read_embedder(folder, settings.state_dir, settings.learning, engines, progress)
 
 
 def _look(
@@ -234,7 +248,7 @@ def _publish(
 
 def _freeze(
     settings: Settings,
-    task: str,
+    kind: LinearKind,
     candidates: CandidateFile,
     dataset: Dataset,
     past: Mapping[str, Past],
@@ -248,8 +262,13 @@ def _freeze(
     """Fix a candidate by what the log held up to `last`. What it may spend is spent with that."""
     from distillation.betting import freeze  # scikit-learn: imported only where something is fitted
 
+    task = policy.name
     labels, number = len(dataset.rows), next_look(journal.past())
     serial = journal.begin(number, labels, read_at=read_at)
+
+    def told(step: str) -> None:
+        progress(f"{task}: {step} ({labels} labels)")
+
     candidate = freeze(
         dataset,
         past,
@@ -257,7 +276,8 @@ def _freeze(
         number=number,
         serial=serial,
         after=last,
-        progress=lambda step: progress(f"{task}: {step} ({labels} labels)"),
+        features_of=kind.features_of(told),
+        progress=told,
     )
     candidates.write(candidate, policy)
     cost = LearningCost.of(core_seconds() - began_s, (), settings.student, policy.student)

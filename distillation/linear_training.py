@@ -41,6 +41,11 @@ class TermCounts:
         self.word_names, self._words = _count([words for words, _ in split])
         self.character_names, self._characters = _count([characters for _, characters in split])
 
+    @property
+    def readable(self) -> NDArray[np.bool_]:
+        """All of them: a text that is too long is cut."""
+        return np.ones(self._words.shape[0], dtype=np.bool_)
+
     def fit(
         self,
         rows: Ints,

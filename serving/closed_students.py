@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from serving.closed_answers import ClosedStudent, kind_of
+from serving.embedded import embedded_linear, is_embedded
 from serving.encoder import KIND as ENCODER
 from serving.encoder import Encoder
 from serving.engines import Engines
@@ -20,7 +21,7 @@ def load_closed_student(files: Mapping[str, bytes], engines: Engines) -> ClosedS
     """
     kind = kind_of(files)
     if kind == "linear":
-        return LinearStudent.load(files)
+        return embedded_linear(files, engines) if is_embedded(files) else LinearStudent.load(files)
     if kind == ENCODER:
         return Encoder.load(files, engines)
     raise DamagedRelease(f"a student of kind {kind!r} doesn't predict in this version")

@@ -7,10 +7,10 @@ logit of each answer, and `student.json`, the answers (`serving.closed_answers`)
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from serving.closed_answers import ANSWERS_FILE, AnswerSpace, KnownAnswer, Prediction
+from serving.closed_answers import ANSWERS_FILE, AnswerSpace, Floats, KnownAnswer, Prediction
 from serving.engines import MODEL_FILE, TOKENIZER_FILE, Engines
 from serving.errors import DamagedRelease
 from serving.exchange import Json, StudentAnswer
@@ -63,14 +63,25 @@ class Encoder:
 class EncoderStudent:
     """The same as it is served: in a thread of its own, with a line before it that has an end.
 
-    Deterministic but for the last bits of what is read together, which only a model of 32 bits does.
+    Deterministic but for the last bits of what is read together, which only a model of 32 bits does. `logits` makes a
+    logit of each answer of what the model gives, where that isn't one; its answers are logged under `name`.
     """
 
     patience_s = 5.0
     streams = False
 
-    def __init__(self, space: AnswerSpace, model: TextModel, *, limit: int = LIMIT) -> None:
+    def __init__(
+        self,
+        space: AnswerSpace,
+        model: TextModel,
+        *,
+        logits: Callable[[Floats], Floats] = lambda numbers: numbers,
+        name: str = KIND,
+        limit: int = LIMIT,
+    ) -> None:
         self._space = space
+        self._logits = logits
+        self._name = name
         self._texts = TextThread(model, limit=limit)
 
     @property
@@ -91,8 +102,8 @@ class EncoderStudent:
         read = await self._texts.read(seen_text(request, self._space.sees))
         return self._space.answer(
             request,
-            self._space.prediction(read.numbers),
-            model=KIND,
+            self._space.prediction(self._logits(read.numbers)),
+            model=self._name,
             latency_s=time.perf_counter() - began,
             device_s=read.device_s,
         )

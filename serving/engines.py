@@ -23,12 +23,16 @@ TOKENIZER_FILE = "tokenizer.json"
 class Engines:
     """The models in use, by the checksum of what they were made of. Each goes with the last student that holds it.
 
-    `adapters` is where servers find those that they are to load; None: what they need, they have. Safe to use from
+    `adapters` is where servers find those that they are to load; None: what they need, they have. Each model remembers
+    what it made of so many texts as `remember` says: who learns asks for the same again and again. Safe to use from
     several threads: releases are loaded off the request path.
     """
 
-    def __init__(self, *, onnx: OnnxSettings | None = None, adapters: AdapterShelf | None = None) -> None:
+    def __init__(
+        self, *, onnx: OnnxSettings | None = None, adapters: AdapterShelf | None = None, remember: int = 0
+    ) -> None:
         self.adapters = adapters
+        self._remember = remember
         self._onnx = onnx or OnnxSettings()
         self._models: WeakValueDictionary[str, TextModel] = WeakValueDictionary()
         self._devices: WeakValueDictionary[str, DeviceTime] = WeakValueDictionary()
@@ -71,4 +75,10 @@ class Engines:
                 f"a release holds a model that runs in process, and {error.name} isn't installed: "
                 "pip install 'understudy[encoder]'"
             ) from None
-        return TextModel(model, tokenizer, providers=self._onnx.providers, threads=self._onnx.threads)
+        return TextModel(
+            model,
+            tokenizer,
+            providers=self._onnx.providers,
+            threads=self._onnx.threads,
+            remember=self._remember,
+        )

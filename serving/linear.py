@@ -17,17 +17,17 @@ import time
 from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
 from serving.closed_answers import ANSWERS_FILE, AnswerSpace, KnownAnswer, Prediction, TokenEstimate
 from serving.errors import DamagedRelease
 from serving.exchange import Json, StudentAnswer
+from serving.regression import Floats, Regression, check_floats
 from serving.sight import Sees, seen_text, unsupported
 from serving.term_columns import TermColumns
 
-Floats = NDArray[np.float32]
-
 ARRAYS_FILE = "student.npz"
+MODEL = "linear"
+"""The name under which its answers are logged."""
 
 
 class LinearStudent:
@@ -56,8 +56,7 @@ class LinearStudent:
         self._vocabulary = vocabulary
         self._words = words
         self._idf = idf
-        self._weights = weights
-        self._intercept = intercept
+        self._regression = Regression(weights, intercept)
 
     def predict(self, text: str) -> Prediction:
         """The most probable answer to `text`, and how sure the student is of it."""
@@ -74,8 +73,8 @@ class LinearStudent:
         for block in (values[:words], values[words:]):
             if len(block):
                 block *= 1.0 / math.sqrt(2.0 * float(block @ block))
-        logits: Floats = values @ self._weights.take(index, axis=0)
-        logits += self._intercept
+        logits: Floats = values @ self._regression.weights.take(index, axis=0)
+        logits += self._regression.intercept
         return logits
 
     async def prepare(self) -> None:
@@ -91,9 +90,7 @@ class LinearStudent:
         prediction = self.predict(seen_text(request, self.sees))
         latency_s = time.perf_counter() - started
         # Inline: the core does nothing else meanwhile.
-        return self._space.answer(
-            request, prediction, model="linear", latency_s=latency_s, device_s=latency_s
-        )
+        return self._space.answer(request, prediction, model=MODEL, latency_s=latency_s, device_s=latency_s)
 
     def stream(self, request: Json) -> None:
         """None: an answer is whole at once."""
@@ -109,8 +106,8 @@ class LinearStudent:
             vocabulary=np.frombuffer("\n".join(self._vocabulary).encode(), dtype=np.uint8),
             words=np.int64(self._words),
             idf=self._idf,
-            weights=self._weights,
-            intercept=self._intercept,
+            weights=self._regression.weights,
+            intercept=self._regression.intercept,
         )
         return {ARRAYS_FILE: arrays.getvalue(), ANSWERS_FILE: self._space.dump("linear")}
 
@@ -148,16 +145,10 @@ class LinearStudent:
 
     def _check(self) -> None:
         features, answers = len(self._vocabulary), len(self.answers)
-        arrays = (self._idf, self._weights, self._intercept)
-        if (
-            self._idf.shape != (features,)
-            or self._weights.shape != (features, answers)
-            or self._intercept.shape != (answers,)
-            or not 0 <= self._words <= features
-        ):
+        if self._idf.shape != (features,) or not 0 <= self._words <= features:
             raise DamagedRelease(
-                f"the linear student's arrays don't fit together: {features} terms, {answers} answers, "
-                f"weights {self._weights.shape}, intercept {self._intercept.shape}"
+                f"the linear student's arrays don't fit together: {features} terms, {self._words} of them words, "
+                f"idf {self._idf.shape}"
             )
-        if not all(array.dtype == np.float32 and np.isfinite(array).all() for array in arrays):
-            raise DamagedRelease("the linear student's arrays should hold finite 32-bit floats only")
+        check_floats(self._idf)
+        self._regression.check(features, answers, "terms")

@@ -280,6 +280,11 @@ class LearningSettings(Section):
     interval_s: float = Field(
         60.0, ge=0, description="how often to see whether a look is due; 0: never by itself"
     )
+    python: Path | None = Field(
+        None,
+        description="the Python that has torch, to fine-tune encoders (the extra `train`); absent: the gateway's own",
+    )
+    threads: int = Field(1, ge=1, le=256, description="cores that fine-tuning may take")
 
 
 class ObserveSettings(Section):
@@ -316,7 +321,7 @@ class ObserveSettings(Section):
 _OF_EVERY_STUDENT = {"kind", "skip", "skip_at_most", "usd_per_hour"}
 _OF_SERVED_STUDENTS = {"base_url", "model", "api_key_env", "timeout_s", "trained_until"}
 _OF_ONE_STUDENT: Mapping[str, set[str]] = {
-    "linear": {"sees"},
+    "linear": {"sees", "features", "embedder"},
     "encoder": {"sees", *_OF_SERVED_STUDENTS},
     "lm": {
         "adapter",
@@ -340,6 +345,10 @@ class StudentChoice(Section):
     kind: Literal["linear", "encoder", "lm"] = "linear"
     sees: Sees = Field(
         "message", description="of `linear` and `encoder`: what of a conversation the student sees"
+    )
+    features: Literal["tfidf", "embedding"] = Field("tfidf", description="of `linear`: what it is fitted to")
+    embedder: Path | None = Field(
+        None, description="of `linear` over embeddings: the folder of a sentence encoder"
     )
     hedge: bool = Field(
         False, description="of `lm`: whether the teacher starts beside it where an escalation is foreseen"
@@ -434,6 +443,10 @@ class StudentChoice(Section):
             raise ValueError(
                 f'a student of kind "{self.kind}" has no {", ".join(sorted(foreign))}: '
                 f"that is for students of kind {' or '.join(others)}"
+            )
+        if (self.features == "embedding") != (self.embedder is not None):
+            raise ValueError(
+                'features = "embedding" and embedder, the folder of a sentence encoder, need each other'
             )
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from serving.embedded import embedded_student, is_embedded
 from serving.encoder import KIND as ENCODER
 from serving.encoder import EncoderStudent
 from serving.engines import Engines
@@ -21,6 +22,8 @@ def load_student(release: Release, metering: Metering, engines: Engines) -> Stud
     """
     kind = release.card.get("student")
     if kind == "linear":
+        if is_embedded(release.files):
+            return embedded_student(release.files, engines)
         return LinearStudent.load(release.files)
     if is_served(release):
         return load_served(release.files, metering, engines)

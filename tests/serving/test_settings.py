@@ -353,6 +353,13 @@ class TestStudents:
                 '{ model = "m" }',
                 'a student of kind "linear" has no model: that is for students of kind "encoder" or "lm"',
             ),
+            ('{ features = "embedding" }', "need each other"),
+            ('{ embedder = "models/minilm" }', "need each other"),
+            (
+                '{ kind = "lm", base_url = "http://x", model = "m", embedder = "x" }',
+                'of kind "lm" has no embedder',
+            ),
+            ('{ features = "pixels" }', "student.features = 'pixels'"),
             ('{ kind = "encoder" }', 'a student of kind "encoder" needs base_url and model'),
             (
                 '{ kind = "encoder", base_url = "http://x/v1", model = "m", samples = 3 }',

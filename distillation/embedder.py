@@ -1,0 +1,154 @@
+"""The sentence encoder that `student.embedder` names, as the two files that a release holds of it.
+
+A folder that holds such files is read as it is; of any other the training Python makes them once, and they stay:
+
+    state/embedders/<checksum of the folder>/{model.onnx, tokenizer.json}
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distillation.training_process import TrainingFailed, run_script
+from serving.disk import Disk
+from serving.embedder_folder import WEIGHTS, EmbedderFolder, UnfitEmbedder
+from serving.engines import MODEL_FILE, TOKENIZER_FILE, Engines
+from serving.errors import DamagedRelease
+from serving.settings import LearningSettings
+
+if TYPE_CHECKING:
+    from serving.text_model import TextModel  # an extra: imported only where a model is loaded
+
+_UNFINISHED = ".making"
+_SCRIPT = Path(__file__).with_name("onnx_export.py")
+_OF_AN_EMBEDDING = (
+    "config.json",
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "sentence_bert_config.json",
+    *WEIGHTS,
+    "*.safetensors.index.json",
+    "pytorch_model*.json",
+)
+"""The files of a Hugging Face folder that an export depends on."""
+
+
+@dataclass(frozen=True, slots=True)
+class SentenceEncoder:
+    """A sentence encoder that is loaded: `files` are what `model` was made of."""
+
+    files: Mapping[str, bytes]
+    model: TextModel
+
+
+def read_embedder(
+    folder: Path,
+    state_dir: Path,
+    learning: LearningSettings,
+    engines: Engines,
+    progress: Callable[[str], None] = lambda _: None,
+    disk: Disk | None = None,
+) -> SentenceEncoder:
+    """The encoder in a folder; `progress` hears of what takes long.
+
+    An export that it holds is taken if it gives one embedding a text; many give one a token, and are made anew. Raises
+    UnfitEmbedder, saying what to do, ConfigError where what runs it isn't installed, and OSError as the disk does.
+    """
+    found = EmbedderFolder.look_into(folder)
+    if found.export is not None:
+        exported = _read(*found.export)
+        try:
+            return SentenceEncoder(exported, engines.text_model(exported))
+        except DamagedRelease as error:
+            if not found.exportable:
+                raise UnfitEmbedder(f"student.embedder: the export in {folder} won't do: {error}") from error
+    made = state_dir / "embedders" / _checksum(folder)
+    if not made.is_dir():
+        _make(folder, made, learning, progress, disk or Disk())
+    files = _read(made / MODEL_FILE, made / TOKENIZER_FILE)
+    try:
+        return SentenceEncoder(files, engines.text_model(files))
+    except DamagedRelease as error:
+        raise UnfitEmbedder(
+            f"student.embedder: what was exported of {folder} is damaged: {error}; remove {made}, and it is made anew"
+        ) from error
+
+
+def _read(model: Path, tokenizer: Path) -> Mapping[str, bytes]:
+    files = {}
+    for name, path in ((MODEL_FILE, model), (TOKENIZER_FILE, tokenizer)):
+        try:
+            files[name] = path.read_bytes()
+        except OSError as error:
+            raise UnfitEmbedder(
+                f"student.embedder: {path} can't be read ({error.strerror}): copy or export it again"
+            ) from error
+    return files
+
+
+def _make(
+    folder: Path, made: Path, learning: LearningSettings, progress: Callable[[str], None], disk: Disk
+) -> None:
+    """Export it beside, and give it its name once it is whole. Whoever wants the same meanwhile waits, and gets it."""
+    disk.make_directory(made.parent)
+    with _locked(made.parent / ".lock"):
+        if made.is_dir():
+            return
+        work = made.with_name(_UNFINISHED)
+        shutil.rmtree(work, ignore_errors=True)  # of a process that died
+        work.mkdir()
+        try:
+            job = {
+                "base": str(folder.resolve()),
+                "out": str((work / "out").resolve()),
+                "gives": "embedding",
+                "precision": "fp32",
+                "threads": learning.threads,
+            }
+            progress(f"exporting the sentence encoder in {folder}")
+            try:
+                run_script(_SCRIPT, job, learning, work, lambda _: None)
+            except TrainingFailed as error:
+                raise UnfitEmbedder(f"student.embedder: {error}") from error
+            for name in (MODEL_FILE, TOKENIZER_FILE):
+                _sync(work / "out" / name, disk)
+            disk.sync_directory(work / "out")
+            disk.rename(work / "out", made)
+            disk.sync_directory(made.parent)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _sync(path: Path, disk: Disk) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        disk.sync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _checksum(folder: Path) -> str:
+    """Of all that an export depends on, 16 hex digits."""
+    whole = hashlib.sha256()
+    for path in sorted({path for pattern in _OF_AN_EMBEDDING for path in folder.glob(pattern)}):
+        with path.open("rb") as file:
+            whole.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()[:16]

@@ -1,0 +1,146 @@
+"""What trains with torch runs in a process of its own: a script, in a Python that need not be ours.
+
+torch is large, and a gateway's environment does without it: `learning.python` names the Python that has what
+`pip install 'understudy[train]'` installs; absent, it is our own. The script imports nothing of ours. It is given the
+path of a job, a JSON file, and says on standard output, a JSON object a line, how far it is (`progress`), then what it
+came to (`done`), or why it can't be (`error`), or which module there isn't (`missing`). Standard error is for whatever
+else its libraries say; the end of it is shown where a script dies without a word.
+
+A script ends with us, however we end: it reads its standard input, whose other end only we hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import orjson
+
+from serving.errors import UnderstudyError
+from serving.exchange import Json
+from serving.layout import task_directory
+from serving.settings import LearningSettings
+
+_NICENESS = 10
+_LAST_BYTES = 4096
+_LAST_LINES = 5
+_NOT_FOR_ANOTHER_PYTHON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+
+
+class TrainingFailed(UnderstudyError):
+    """A script didn't come to its end. Says why, and what to do."""
+
+
+@contextmanager
+def training_folder(state_dir: Path, task: str) -> Iterator[Path]:
+    """A folder for what training leaves in between. Whoever asks for it holds the task's lock: nobody else is in it.
+
+    It is empty, whatever a process that was killed has left in it, and gone afterwards. Raises OSError.
+    """
+    folder = task_directory(state_dir, task) / "training"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_script(
+    script: Path, job: Json, settings: LearningSettings, folder: Path, progress: Callable[[Json], None]
+) -> Json:
+    """Run a script on a job, to its end; gives what it came to. `progress` hears how far it is.
+
+    What the script writes beside that goes into `folder`, where it also runs. Raises TrainingFailed.
+    """
+    python = sys.executable if settings.python is None else str(settings.python)
+    path, errors = folder / "job.json", folder / "stderr"
+    path.write_bytes(orjson.dumps(job))
+    try:
+        with errors.open("wb") as stderr:
+            child = subprocess.Popen(  # noqa: S603 - our own script, under the Python that the operator names
+                [python, "-P", str(script.resolve()), str(path.resolve())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                cwd=folder,
+                env=_environment(settings.threads),
+            )
+    except OSError as error:
+        raise TrainingFailed(
+            f"{python} can't be run ({error.strerror}): set learning.python to a Python that has "
+            "what `pip install 'understudy[train]'` installs"
+        ) from error
+    with child:
+        try:
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)
+            ended = _listen(child.stdout or io.BytesIO(), progress)
+            code = child.wait()
+        finally:
+            child.kill()
+    if code == 0 and isinstance(ended.get("done"), dict):
+        done: Json = ended["done"]
+        return done
+    if "missing" in ended:
+        raise TrainingFailed(
+            f"{python} has no module {ended['missing']}: run `pip install 'understudy[train]'` there, or set "
+            "learning.python to a Python that has it"
+        )
+    if "error" in ended:
+        raise TrainingFailed(str(ended["error"]))
+    raise TrainingFailed(f"{script.name} {_ending(code)}{_last_words(errors)}")
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Our own environment, but that nothing is fetched, no more cores are taken, and no path of ours leads in."""
+    kept = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_ANOTHER_PYTHON}
+    return {
+        **kept,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(threads),
+    }
+
+
+def _listen(stdout: IO[bytes], progress: Callable[[Json], None]) -> Json:
+    """What a script says to its end: the last thing that isn't progress."""
+    ended: Json = {}
+    for line in stdout:
+        try:
+            said = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue  # a library that talks
+        if not isinstance(said, dict):
+            continue
+        if isinstance(said.get("progress"), dict):
+            progress(said["progress"])
+        else:
+            ended = said
+    return ended
+
+
+def _ending(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed, as the system does when memory runs out"
+    if code < 0:
+        return f"was ended by signal {-code}"
+    return f"ended with code {code}"
+
+
+def _last_words(errors: Path) -> str:
+    with errors.open("rb") as file:
+        file.seek(max(0, errors.stat().st_size - _LAST_BYTES))
+        lines = file.read().decode("utf-8", "replace").split("\n")
+    said = [line.strip() for line in lines if line.strip()][-_LAST_LINES:]
+    return f": {' | '.join(said)}" if said else ""
