@@ -89,27 +89,30 @@ class Client:
             raise too_large(limit, "server.max_body_bytes")
         size = 0
         read: list[bytes] = []
-        async for piece in self.pieces():
+        while not self._body_read.is_set():
+            piece = await self._next_piece()
             size += len(piece)
             if size > limit:
                 raise too_large(limit, "server.max_body_bytes")
             read.append(piece)
-        return read[0] if len(read) == 1 else b"".join(read)
+        return b"".join(read)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """Give the body as it comes in. Raises ClientGone when it ends early."""
-        more = not self._body_read.is_set()
-        while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self.gone = True
-                raise ClientGone
-            more = message.get("more_body", False)
-            if not more:
-                self._body_read.set()
-            piece = message.get("body", b"")
+        while not self._body_read.is_set():
+            piece = await self._next_piece()
             if piece:
                 yield piece
+
+    async def _next_piece(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self.gone = True
+            raise ClientGone
+        if not message.get("more_body", False):
+            self._body_read.set()
+        piece: bytes = message.get("body", b"")
+        return piece
 
     def watched(self) -> Watched:
         """Cancel what is done inside once the client is gone, then leave quietly (`gone` says so)."""

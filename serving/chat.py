@@ -165,7 +165,7 @@ def _read_object(raw: bytes) -> Json:
 
 def _refuse_crowded(raw: bytes) -> None:
     """Refuse too many values before they are made: what stands between them is counted, texts left out."""
-    if sum(map(raw.count, _BETWEEN_VALUES)) < _MOST_VALUES:
+    if len(raw) < _MOST_VALUES or sum(map(raw.count, _BETWEEN_VALUES)) < _MOST_VALUES:
         return
     values = 0
     for number, found in enumerate(_TEXT_OR_BETWEEN.finditer(raw)):
@@ -188,7 +188,7 @@ def _write_object(body: Json, raw: bytes) -> bytes:
         ) from None
     # orjson reads integers beyond 64 bits as floats and writes every float that large with an exponent, so
     # only a body with an exponent (or with text that looks like one) needs the slow second look.
-    if any(mark in written for mark in _EXPONENTS):
+    if any(map(written.__contains__, _EXPONENTS)):
         _refuse_inexact(raw)
     return written
 

@@ -123,12 +123,12 @@ class AnswerSpace:
             return Prediction(index=0, score=0.0, probability=1.0, entropy=0.0, seen=self.answers[0].seen)
         behind: Floats = logits - logits[best]  # log-odds against the best answer: at most 0
         odds = np.exp(behind)
-        total = float(odds.sum())
+        total = float(np.add.reduce(odds))
         entropy = math.log(total) - float(odds @ behind) / total
         behind[best] = -math.inf
         return Prediction(
             index=best,
-            score=-float(behind.max()),
+            score=-float(np.maximum.reduce(behind)),
             probability=1.0 / total,
             entropy=entropy,
             seen=self.answers[best].seen,

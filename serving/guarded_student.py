@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 
 from serving.breaker import Breaker
@@ -47,8 +48,11 @@ class GuardedStudent:
         breaker = self._breaker
         ticket = _enter(breaker)
         try:
-            async with asyncio.timeout(self.patience_s):
+            if self.patience_s == math.inf:
                 answer = await self._student.answer(request)
+            else:
+                async with asyncio.timeout(self.patience_s):
+                    answer = await self._student.answer(request)
         except TimeoutError:
             breaker.failed(ticket)
             raise StudentUnavailable(f"it gave no answer within {self.patience_s:g} s") from None

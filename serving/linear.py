@@ -33,7 +33,7 @@ MODEL = "linear"
 class LinearStudent:
     """A fitted linear student. Deterministic: the same text always gives the same bytes."""
 
-    patience_s = 5.0
+    patience_s = math.inf
     streams = False
     busy = False
 

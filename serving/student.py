@@ -63,8 +63,9 @@ class StudentStream(Protocol):
 class Student(Protocol):
     """A model that imitates the teacher on one task.
 
-    `patience_s` is how long an answer may take; `streams` whether it can be had while it is made. `busy`: an answer is
-    being made right now, so that closing would break it off.
+    `patience_s` is how long an answer may take, and infinity where it is made without waiting for anything; `streams`
+    whether it can be had while it is made. `busy`: an answer is being made right now, so that closing would break it
+    off.
     """
 
     patience_s: float
