@@ -65,23 +65,29 @@ def serve(
     workers: Annotated[
         int | None, typer.Option(min=1, max=64, help="Processes that serve; absent: server.workers.")
     ] = None,
+    vllm: Annotated[
+        bool, typer.Option("--vllm", help="Also run a vLLM, as [student.vllm] says, for as long.")
+    ] = False,
 ) -> None:
     """Run the gateway."""
     from serving.configuration import load_settings
     from serving.settings import Settings
+    from serving.vllm_command import check_vllm
 
     options = {"host": host, "port": port, "workers": workers}
     given = {key: value for key, value in options.items() if value is not None}
 
     def read() -> Settings:
         settings = load_settings(config)
+        if vllm:
+            check_vllm(settings)
         return settings.model_copy(update={"server": settings.server.model_copy(update=given)})
 
     settings = read()
     # Only now: what is wrong with the configuration is said at once.
     from gateway.server import serve as run_gateway
 
-    run_gateway(settings, config_path=config, reread=read)
+    run_gateway(settings, config_path=config, reread=read, with_vllm=vllm)
 
 
 @app.command("stand-in", short_help="Answer chat completions from a recording, as a teacher.")

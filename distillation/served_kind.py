@@ -46,6 +46,7 @@ from serving.classify_plan import ClassifyPlan
 from serving.engines import Engines
 from serving.errors import DamagedRelease, UnknownRelease, UpstreamError
 from serving.exchange import Exchange, Json, StudentAnswer
+from serving.pool import Pool
 from serving.redaction import Redactor
 from serving.releases import Release, ReleaseStore
 from serving.served import is_served, plan_of, read_plan, served_student
@@ -77,6 +78,7 @@ class ServedKind:
         self._kept = StudentAnswers(settings.state_dir, policy.name, student_id(self._plan, self._redact))
         self._answered: dict[str, Answered] = {}
         self._asked: list[StudentAnswer] = []
+        self._vllm = settings.student.vllm
 
     def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
         """Rows by what the student supports, after the time until which it was trained."""
@@ -102,7 +104,7 @@ class ServedKind:
         }
         if not any(math.isfinite(one.answer.score) for one in self._answered.values()):
             raise StudentSilent(
-                f"{self._plan.model} at student.base_url gives no log-probabilities, and without them nothing tells "
+                f"{self._plan.model} gives no log-probabilities, and without them nothing tells "
                 "how sure it is; use a server that gives them (logprobs), such as vLLM, or set student.samples"
             )
         return redoable(lambda name: self._read(name, own), self._policy.name, dataset, progress)
@@ -223,12 +225,14 @@ class ServedKind:
             self._asked.append(answer)
             self._kept.append(row.id, row.created, answer)
 
-        student = served_student(self._plan, TokenMeter, Engines(adapters=self._shelf))
+        pool = Pool(self._state_dir, self._vllm)
+        student = served_student(self._plan, TokenMeter, Engines(pool=pool, adapters=self._shelf))
         try:
             await self._prepare(student)
             await ask(student, rows, keep, progress=lambda said: progress(f"{self._policy.name}: {said}"))
         finally:
             await student.aclose()
+            await pool.aclose()
 
     async def _prepare(self, student: Student) -> None:
         """Have the adapter loaded: said at once if it can't be, instead of once for every row."""

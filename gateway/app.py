@@ -99,7 +99,12 @@ class Gateway:
             raise RuntimeError("only a running gateway can be reloaded")
         settings, kept = reloadable(old.parts.settings, settings)
         tasks = make_tasks(settings, old.parts.tasks.names())
-        new = await make_parts(settings, lasting, tasks, old.parts)
+        lasting.pool.adopt(settings.student.vllm)
+        try:
+            new = await make_parts(settings, lasting, tasks, old.parts)
+        except Exception:
+            lasting.pool.adopt(old.parts.settings.student.vllm)
+            raise
         self._generation = new
         self._admins = new.parts.admins
         lasting.live.adopt(new.parts.tasks, redact=settings.log.redact)
@@ -166,6 +171,9 @@ class Gateway:
             "tasks": len(generation.parts.tasks.names()),
             "live_releases": len(lasting.live.names()),
         }
+        servers = lasting.pool.summary()
+        if servers is not None:
+            details["student_servers"] = servers
         if self._draining:
             return Readiness("draining", details)
         # Without the log requests are served all the same: taking every gateway out would be the outage.
@@ -178,6 +186,7 @@ class Gateway:
             self._disk.make_directory(settings.state_dir / "tasks")
             tasks = make_tasks(settings)
             lasting = make_lasting(settings, tasks, self._disk, stack)
+            lasting.pool.start()
             await lasting.live.refresh()
             generation = await make_parts(settings, lasting, tasks)
             keeper = Keeper(

@@ -12,15 +12,15 @@ from routers.meter import TokenMeter
 from serving.adapter import Adapter
 from serving.adapter_loading import is_loaded
 from serving.classify_plan import ClassifyPlan
-from serving.device_time import DeviceTime
 from serving.embedder_folder import EmbedderFolder, UnfitEmbedder
+from serving.engines import Engines
 from serving.errors import ConfigError, UnderstudyError
 from serving.exchange import Json
 from serving.lm import LmStudent
 from serving.lm_plan import LmPlan
+from serving.pool import Pool, served_at
 from serving.served import ServedPlan, plan_of, served_student
 from serving.settings import Settings
-from serving.student_server import StudentServer
 
 _QUESTION: Json = {"messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 4}
 
@@ -42,7 +42,11 @@ async def check_students(settings: Settings) -> list[Finding]:
             found[Finding("student", "problem", str(error), "no release can be learned with it")] = None
         else:
             plans[plan_of(choice, adapter)] = None
-    return [*found, *[await _check(plan) for plan in plans]]
+    pool = Pool(settings.state_dir, settings.student.vllm)
+    try:
+        return [*found, *[await _check(plan, pool) for plan in plans]]
+    finally:
+        await pool.aclose()
 
 
 def check_embedders(settings: Settings) -> list[Finding]:
@@ -64,15 +68,15 @@ def check_embedders(settings: Settings) -> list[Finding]:
     return found
 
 
-async def _check(plan: ServedPlan) -> Finding:
+async def _check(plan: ServedPlan, pool: Pool) -> Finding:
     waiting = ""
     try:
-        if isinstance(plan, LmPlan) and plan.adapter is not None and not await _is_loaded(plan):
+        if isinstance(plan, LmPlan) and plan.adapter is not None and not await _is_loaded(plan, pool):
             # Nobody but a release has it loaded.
             waiting = f"; its adapter {plan.adapter} is loaded by the first look"
             plan = replace(plan, adapter=None)
         began = time.perf_counter()
-        student = served_student(plan, TokenMeter)
+        student = served_student(plan, TokenMeter, Engines(pool=pool))
         try:
             answer = await student.answer(_QUESTION)
             took = time.perf_counter() - began
@@ -80,7 +84,8 @@ async def _check(plan: ServedPlan) -> Finding:
         finally:
             await student.aclose()
     except UnderstudyError as error:
-        advice = "start it, or correct the task's student.base_url and student.model; the teacher answers meanwhile"
+        where = "[student.vllm]" if plan.base_url is None else "the task's student.base_url"
+        advice = f"start it, or correct {where} and student.model; the teacher answers meanwhile"
         return Finding("student", "problem", f"{plan.model!r}: {error}", advice)
     if not math.isfinite(answer.score):
         said = f"{plan.model!r} gives no log-probabilities, so that it can never be trusted"
@@ -101,10 +106,14 @@ async def _check(plan: ServedPlan) -> Finding:
     return Finding("student", "ok", said)
 
 
-async def _is_loaded(plan: LmPlan) -> bool:
+async def _is_loaded(plan: LmPlan, pool: Pool) -> bool:
     """Whether the server has the plan's adapter. Raises as `is_loaded` does."""
-    server = StudentServer.at(
-        plan.base_url, timeout_s=plan.timeout_s, api_key_env=plan.api_key_env, device=DeviceTime()
+    server = served_at(
+        plan.base_url,
+        below="/v1",
+        timeout_s=plan.timeout_s,
+        api_key_env=plan.api_key_env,
+        engines=Engines(pool=pool),
     )
     try:
         return await is_loaded(plan.served_as, server)

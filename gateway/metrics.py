@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from gateway import names
 from serving.exchange import Json, Route
 from serving.live import Cause
+from serving.pool import OURS, Pool
 
 NOWHERE = ""
 """The task and route of requests that were refused before they had one."""
@@ -108,6 +109,14 @@ class Metrics:
         )
         self._upstream_errors = self._counter(
             names.METRIC_UPSTREAM_ERRORS, "Requests that an upstream failed on.", ("upstream", "kind")
+        )
+        self._server_up = self._gauge(
+            names.METRIC_SERVER_UP, "1 while a server of student.vllm is there.", ("server",)
+        )
+        self._server_restarts = self._gauge(
+            names.METRIC_SERVER_RESTARTS,
+            "How often the vLLM that `serve --vllm` runs was started again.",
+            ("server",),
         )
         self._breaker = Gauge(
             names.METRIC_BREAKER,
@@ -302,6 +311,13 @@ class Metrics:
     def record_upstream_error(self, upstream: str, kind: str) -> None:
         """Count a failure of an upstream (`teacher`, `student`), by the kind of `UpstreamError`."""
         self._upstream_errors.labels(upstream, kind).inc()
+
+    def record_servers(self, pool: Pool) -> None:
+        """Note which of the students' servers are there."""
+        for server, is_up in pool.states().items():
+            self._server_up.labels(server).set(is_up)
+        if OURS in pool.states():
+            self._server_restarts.labels(OURS).set(pool.restarts())
 
     def record_breaker(self, requests: str, state: int) -> None:
         """Note the state of the teacher's breaker for requests of a kind (`chat`, `other`)."""

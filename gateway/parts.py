@@ -29,6 +29,7 @@ from serving.engines import Engines
 from serving.errors import ConfigError
 from serving.layout import task_names
 from serving.log import EventLog
+from serving.pool import Pool
 from serving.pricing import PriceList
 from serving.redaction import Redactor
 from serving.settings import Settings
@@ -52,6 +53,7 @@ class Lasting:
     live: LiveReleases
     attempts: Attempts
     audited: set[str]
+    pool: Pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +74,17 @@ class Parts:
 
 
 def make_lasting(settings: Settings, tasks: Tasks, disk: Disk, stack: AsyncExitStack) -> Lasting:
-    """Build what every configuration shares; `stack` takes it down."""
+    """Build what every configuration shares; `stack` takes it down. Raises ConfigError."""
     metrics = Metrics()
+    pool = Pool(settings.state_dir, settings.student.vllm, on_look=metrics.record_servers)
+    stack.push_async_callback(pool.aclose)
     live = LiveReleases(
         settings.state_dir,
         tasks,
         metrics,
         redact=settings.log.redact,
         engines=Engines(
+            pool=pool,
             onnx=settings.student.onnx,
             adapters=AdapterShelf(settings.state_dir, seen_at=settings.student.adapters_at),
         ),
@@ -87,7 +92,7 @@ def make_lasting(settings: Settings, tasks: Tasks, disk: Disk, stack: AsyncExitS
     stack.push_async_callback(live.aclose)
     event_log = EventLog(settings.state_dir, settings.log, disk=disk)
     stack.push_async_callback(event_log.aclose)
-    return Lasting(metrics, event_log, live, Attempts(), set())
+    return Lasting(metrics, event_log, live, Attempts(), set(), pool)
 
 
 def make_tasks(settings: Settings, known: Iterable[str] = ()) -> Tasks:

@@ -19,6 +19,7 @@ from gateway.app import create_app
 from gateway.auth import is_loopback
 from gateway.log_format import configure_logging
 from gateway.parts import tracing_of
+from gateway.vllm import Vllm
 from gateway.worker import BACKLOG, Beat, Worker, relieve_collector
 from gateway.workers import Supervisor
 from serving.configuration import DEFAULT_FILE
@@ -34,13 +35,17 @@ _IN_MEMORY = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it
 
 
 def serve(
-    settings: Settings, *, config_path: Path | None = None, reread: Callable[[], Settings] | None = None
+    settings: Settings,
+    *,
+    config_path: Path | None = None,
+    reread: Callable[[], Settings] | None = None,
+    with_vllm: bool = False,
 ) -> None:
     """Run the gateway until it is told to stop (SIGTERM, SIGINT): requests under way are finished first.
 
-    `reread` reads the configuration again on SIGHUP. Exits with code 3 when the gateway can't start. Raises
-    ConfigError when the address, the state directory or the teacher's key can't be used, or when traces are
-    wanted and can't be made.
+    `with_vllm`: and the vLLM of `student.vllm`, which ends after that. `reread` reads the configuration again on
+    SIGHUP. Exits with code 3 when the gateway can't start. Raises ConfigError when the address, the state directory or
+    the teacher's key can't be used, or when traces are wanted and can't be made.
     """
     # A worker that can't start would be started again and again.
     settings.teacher_key()
@@ -55,6 +60,11 @@ def serve(
         print(_start_line(settings, config_path or DEFAULT_FILE, listening), flush=True)
         for warning in warnings(settings):
             log.warning(warning)
+        if not with_vllm and settings.student.vllm is not None and not settings.student.vllm.urls:
+            log.info(
+                "student.vllm names a model, which `understudy serve --vllm` would serve: this one doesn't"
+            )
+        vllm = stack.enter_context(Vllm(settings)) if with_vllm else None
         if settings.server.workers > 1:
             supervisor = Supervisor(
                 settings,
@@ -62,16 +72,27 @@ def serve(
                 config_path=config_path,
                 reread=reread,
                 early=early,
+                reloaded=_tell(vllm),
             )
             code = supervisor.run()
         else:
             gateway = create_app(settings, config_path=config_path)
-            worker = Worker(gateway, settings, lambda worker: _obey_signals(worker, reread, early), Beat())
+            worker = Worker(
+                gateway,
+                settings,
+                lambda worker: _obey_signals(worker, reread, early),
+                Beat(),
+                reloaded=_tell(vllm),
+            )
             relieve_collector()
             worker.run(sockets=[listening])
             code = 0 if worker.started else 3
     if code:
         sys.exit(code)
+
+
+def _tell(vllm: Vllm | None) -> Callable[[Settings], None]:
+    return (lambda _: None) if vllm is None else vllm.adopt
 
 
 def warnings(settings: Settings) -> list[str]:

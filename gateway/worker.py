@@ -48,11 +48,18 @@ class Beat:
 class Worker(uvicorn.Server):
     """uvicorn's server with orders of its own: `stop`, `stop_at_once` and `reload`.
 
-    They are called in the event loop, by whoever hears the signals. `begin` is called there first.
+    They are called in the event loop, by whoever hears the signals. `begin` is called there first, `reloaded` with each
+    configuration that was taken in.
     """
 
     def __init__(
-        self, gateway: Gateway, settings: Settings, begin: Callable[[Worker], None], beat: Beat
+        self,
+        gateway: Gateway,
+        settings: Settings,
+        begin: Callable[[Worker], None],
+        beat: Beat,
+        *,
+        reloaded: Callable[[Settings], None] = lambda _: None,
     ) -> None:
         config = uvicorn.Config(
             gateway,
@@ -75,6 +82,7 @@ class Worker(uvicorn.Server):
         self._grace_s = settings.server.grace_s
         self._begin = begin
         self._beat = beat
+        self._reloaded = reloaded
         self._wanted: Callable[[], Settings] | None = None
         self._reloading: asyncio.Task[None] | None = None
 
@@ -177,6 +185,7 @@ class Worker(uvicorn.Server):
                 log.exception("reloading the configuration failed, the old one stays")
             else:
                 self._grace_s = settings.server.grace_s
+                self._reloaded(settings)
                 log.info("the configuration was reloaded")
                 if kept:
                     log.warning("only a restart changes %s: the old values stay", ", ".join(kept))

@@ -84,7 +84,8 @@ class _Post:
 class Supervisor:
     """Starts the workers, replaces those that die or hang, and passes on what it is told by signals.
 
-    `reread` reads the configuration again (SIGHUP); `early` holds the signals that came before `run`.
+    `reread` reads the configuration again (SIGHUP), and `reloaded` is told of it; `early` holds the signals that came
+    before `run`.
     """
 
     def __init__(
@@ -95,12 +96,14 @@ class Supervisor:
         config_path: Path | None,
         reread: Callable[[], Settings] | None,
         early: list[int],
+        reloaded: Callable[[Settings], None] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._listening = listening
         self._config_path = config_path
         self._reread = reread
         self._early = early
+        self._reloaded = reloaded
         self._posts: dict[int, _Post] = {}
         self._vacant: dict[int, tuple[float, int]] = {}
         self._ever_served = False
@@ -176,6 +179,7 @@ class Supervisor:
         for post in self._posts.values():
             post.order(settings)
         self._settings, _ = reloadable(self._settings, settings)
+        self._reloaded(self._settings)
 
     def _bury(self) -> None:
         """Note who has died, and when to replace them."""

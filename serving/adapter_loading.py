@@ -8,12 +8,14 @@ it was started, under the same name.
 from __future__ import annotations
 
 import asyncio
+from typing import Protocol
 
 import orjson
 
 from serving.adapter_shelf import AdapterShelf, Loaded
 from serving.errors import UnderstudyError, UpstreamRefused
-from serving.student_server import StudentServer
+from serving.exchange import Json
+from serving.upstream import UpstreamResponse
 
 _MODELS = "/models"
 _LOAD = "/load_lora_adapter"
@@ -27,10 +29,27 @@ class AdapterNotLoaded(UnderstudyError):
     """A server doesn't serve the adapter it was told to load."""
 
 
+class Asked(Protocol):
+    """Where adapters are loaded: the OpenAI-compatible part of a server. See `StudentServer`."""
+
+    @property
+    def place(self) -> str:
+        """What it is called in messages."""
+        ...
+
+    async def get(self, path: str) -> UpstreamResponse:
+        """Ask without a body. Raises UpstreamRefused for any status that isn't a good one."""
+        ...
+
+    async def post(self, path: str, asked: Json) -> UpstreamResponse:
+        """Ask with one. Raises alike."""
+        ...
+
+
 class AdapterLoading:
     """One adapter at one server. It is loaded once, however many ask for it at a time."""
 
-    def __init__(self, name: str, server: StudentServer, shelf: AdapterShelf, told: Loaded) -> None:
+    def __init__(self, name: str, server: Asked, shelf: AdapterShelf, told: Loaded) -> None:
         self._name = name
         self._server = server
         self._shelf = shelf
@@ -74,7 +93,7 @@ def _heard(load: asyncio.Task[None]) -> None:
         load.exception()
 
 
-async def is_loaded(name: str, server: StudentServer) -> bool:
+async def is_loaded(name: str, server: Asked) -> bool:
     """Say whether a server lists an adapter among its models. Raises AdapterNotLoaded where it can't be told."""
     try:
         async with asyncio.timeout(_QUICK_S), await server.get(_MODELS) as response:
@@ -91,7 +110,7 @@ async def is_loaded(name: str, server: StudentServer) -> bool:
         ) from None
 
 
-async def unload(name: str, server: StudentServer) -> None:
+async def unload(name: str, server: Asked) -> None:
     """See that a server doesn't have an adapter. Raises as `load` does."""
     try:
         async with asyncio.timeout(_QUICK_S):
@@ -104,7 +123,7 @@ async def unload(name: str, server: StudentServer) -> None:
             raise AdapterNotLoaded(f"{server.place} didn't unload {name}: {_meaning(error)}") from None
 
 
-async def _post(server: StudentServer, path: str, body: dict[str, str]) -> None:
+async def _post(server: Asked, path: str, body: dict[str, str]) -> None:
     async with await server.post(path, body) as response:
         await response.read()
 

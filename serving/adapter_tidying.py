@@ -17,8 +17,11 @@ from serving.adapter_shelf import AdapterShelf, Loaded
 from serving.device_time import DeviceTime
 from serving.errors import ConfigError, DamagedRelease, UnknownRelease, UpstreamError
 from serving.layout import task_names
+from serving.pool import OURS
 from serving.releases import ReleaseStore
 from serving.student_server import StudentServer
+from serving.upstream import Upstream
+from serving.vllm_place import read_place
 
 log = logging.getLogger("understudy.adapters")
 
@@ -70,22 +73,22 @@ async def tidy(state_dir: Path, shelf: AdapterShelf, names: Collection[str]) -> 
         if not alone:
             return []
         unneeded = [name for name in unneeded_adapters(state_dir, shelf) if name in names]
-        gone = [name for name in unneeded if await _unloaded(name, shelf.servers(name))]
+        gone = [name for name in unneeded if await _unloaded(name, shelf.servers(name), state_dir)]
         for name in gone:
             shelf.remove(name)
             log.info("the adapter %s is unloaded: no live release needs it", name)
         return gone
 
 
-async def _unloaded(name: str, servers: Collection[Loaded]) -> bool:
+async def _unloaded(name: str, servers: Collection[Loaded], state_dir: Path) -> bool:
     for told in servers:
         try:
-            server = StudentServer.at(
-                told.base_url, timeout_s=_PATIENCE_S, api_key_env=told.api_key_env, device=DeviceTime()
-            )
+            server = _server_of(told, state_dir)
         except ConfigError as error:
             log.warning("the adapter %s can't be unloaded: %s", name, error)
             return False
+        if server is None:
+            continue
         try:
             await unload(name, server)
         except (AdapterNotLoaded, UpstreamError) as error:
@@ -94,3 +97,16 @@ async def _unloaded(name: str, servers: Collection[Loaded]) -> bool:
         finally:
             await server.aclose()
     return True
+
+
+def _server_of(told: Loaded, state_dir: Path) -> StudentServer | None:
+    """The server that was told; None: it has ended since, and forgot. Raises ConfigError."""
+    if told.base_url != OURS:
+        return StudentServer.at(
+            told.base_url, timeout_s=_PATIENCE_S, api_key_env=told.api_key_env, device=DeviceTime()
+        )
+    place = read_place(state_dir)
+    if place is None or place.phase != "ready":
+        return None
+    upstream = Upstream(f"{place.url}/v1", timeout_s=_PATIENCE_S, who="the student")
+    return StudentServer(upstream, DeviceTime(), key=place.key)

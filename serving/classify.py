@@ -17,8 +17,9 @@ from serving.engines import Engines
 from serving.errors import UpstreamRefused, UpstreamTimeout
 from serving.estimate import unfinished_usage
 from serving.exchange import Json, StudentAnswer
+from serving.pool import served_at
 from serving.sight import seen_text, unsupported
-from serving.student_server import StudentBroken, StudentServer
+from serving.student_server import Served, StudentBroken
 
 _CLASSIFY = "/classify"
 _CHARACTERS_A_TOKEN = 4
@@ -33,7 +34,7 @@ class ClassifyStudent:
 
     streams = False
 
-    def __init__(self, plan: ClassifyPlan, server: StudentServer) -> None:
+    def __init__(self, plan: ClassifyPlan, server: Served) -> None:
         self.plan = plan
         self.patience_s = plan.timeout_s
         self._server = server
@@ -43,15 +44,16 @@ class ClassifyStudent:
 
     @classmethod
     def of(cls, plan: ClassifyPlan, engines: Engines | None = None) -> ClassifyStudent:
-        """The student of a plan, with its key from the environment. Raises ConfigError for a key that can't be sent.
+        """The student of a plan, with its key from the environment. Raises ConfigError as `served_at` does.
 
         `engines` is what it shares with other students of the process; None: there are none.
         """
-        server = StudentServer.at(
-            plan.base_url.rstrip("/").removesuffix("/v1"),
+        server = served_at(
+            plan.base_url and plan.base_url.rstrip("/").removesuffix("/v1"),
+            below="",
             timeout_s=plan.timeout_s,
             api_key_env=plan.api_key_env,
-            device=(engines or Engines()).device(plan.base_url),
+            engines=engines or Engines(),
         )
         return cls(plan, server)
 

@@ -24,12 +24,13 @@ PLAN_FILE = "student.json"
 class ClassifyPlan:
     """How a classifier behind a vLLM's `/classify` is asked.
 
-    `base_url` is that of the server's OpenAI-compatible part, `/v1` or not: `/classify` lies beside it. `api_key_env`
-    names the environment variable with its key, `timeout_s` bounds an answer, `sees` is what of a request the
-    classifier gets to see (`serving.sight`). An answer is whole at once: there are no checkpoints on the way.
+    `base_url` is that of the server's OpenAI-compatible part, `/v1` or not: `/classify` lies beside it; None: one of
+    `student.vllm` is asked. `api_key_env` names the environment variable with its key, `timeout_s` bounds an answer,
+    `sees` is what of a request the classifier gets to see (`serving.sight`). An answer is whole at once: there are no
+    checkpoints on the way.
     """
 
-    base_url: str
+    base_url: str | None
     model: str
     api_key_env: str | None = None
     timeout_s: float = 30.0
@@ -42,7 +43,7 @@ class ClassifyPlan:
     @classmethod
     def of(cls, choice: StudentChoice) -> ClassifyPlan:
         """The plan that a configuration asks for. Raises ValueError for one that asks for another kind of student."""
-        if choice.kind != "encoder" or choice.base_url is None or choice.model is None:
+        if choice.kind != "encoder" or choice.model is None:
             raise ValueError(f"a student of kind {choice.kind!r} isn't asked by /classify")
         return cls(choice.base_url, choice.model, choice.api_key_env, choice.timeout_s, choice.sees)
 
@@ -78,8 +79,8 @@ class ClassifyPlan:
         """The name of the first field that can't be."""
         timeout = self.timeout_s
         sound = {
-            "base_url": isinstance(self.base_url, str)
-            and re.match(r"https?://[^/?#]", self.base_url) is not None,
+            "base_url": self.base_url is None
+            or (isinstance(self.base_url, str) and re.match(r"https?://[^/?#]", self.base_url) is not None),
             "model": isinstance(self.model, str) and bool(self.model),
             "api_key_env": self.api_key_env is None or isinstance(self.api_key_env, str),
             "timeout_s": type(timeout) in (int, float) and math.isfinite(timeout) and timeout > 0,

@@ -14,6 +14,7 @@ from serving.errors import ConfigError, DamagedRelease
 from serving.settings import OnnxSettings
 
 if TYPE_CHECKING:
+    from serving.pool import Pool  # the HTTP client: whoever makes one imports it
     from serving.text_model import TextModel
 
 MODEL_FILE = "model.onnx"
@@ -23,14 +24,21 @@ TOKENIZER_FILE = "tokenizer.json"
 class Engines:
     """The models in use, by the checksum of what they were made of. Each goes with the last student that holds it.
 
-    `adapters` is where servers find those that they are to load; None: what they need, they have. Each model remembers
-    what it made of so many texts as `remember` says: who learns asks for the same again and again. Safe to use from
-    several threads: releases are loaded off the request path.
+    `pool` are the servers of `student.vllm`; None: nobody is asked there. `adapters` is where servers find those that
+    they are to load; None: what they need, they have. Each model remembers what it made of so many texts as `remember`
+    says: who learns asks for the same again and again. Safe to use from several threads: releases are loaded off the
+    request path.
     """
 
     def __init__(
-        self, *, onnx: OnnxSettings | None = None, adapters: AdapterShelf | None = None, remember: int = 0
+        self,
+        *,
+        pool: Pool | None = None,
+        onnx: OnnxSettings | None = None,
+        adapters: AdapterShelf | None = None,
+        remember: int = 0,
     ) -> None:
+        self.pool = pool
         self.adapters = adapters
         self._remember = remember
         self._onnx = onnx or OnnxSettings()

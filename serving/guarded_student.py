@@ -59,7 +59,7 @@ class GuardedStudent:
         except StudentRefused:
             breaker.succeeded(ticket)  # the request's fault
             raise
-        except (StudentBusy, TextTooLong):
+        except (StudentBusy, StudentUnavailable, TextTooLong):
             breaker.abandoned(ticket)  # it wasn't asked
             raise
         except Exception:
@@ -114,6 +114,10 @@ class _GuardedStream:
             raise StudentUnavailable(f"it fell silent for {self._patience_s:g} s") from None
         except StudentRefused:
             self._report(well=True)
+            raise
+        except StudentUnavailable:  # nobody was asked
+            self._reported = True
+            self._breaker.abandoned(self._ticket)
             raise
         except Exception:
             self._report(well=False)

@@ -19,10 +19,12 @@ from serving.errors import DamagedRelease, UpstreamRefused, UpstreamTimeout
 from serving.exchange import Json, StudentAnswer
 from serving.lm_plan import LmPlan
 from serving.lm_stream import LmStream
+from serving.pool import served_at
+from serving.pool_adapters import PoolAdapterLoading
 from serving.sampled_stream import SampledStream
 from serving.server_record import Asking, ServerRecord
 from serving.student import StudentStream
-from serving.student_server import StudentServer
+from serving.student_server import Served
 from serving.tally import Metering, Tally
 from serving.upstream import UpstreamResponse
 
@@ -53,9 +55,9 @@ class LmStudent:
     def __init__(
         self,
         plan: LmPlan,
-        server: StudentServer,
+        server: Served,
         metering: Metering,
-        loading: AdapterLoading | None = None,
+        loading: AdapterLoading | PoolAdapterLoading | None = None,
     ) -> None:
         self.plan = plan
         self._loading = loading
@@ -67,22 +69,27 @@ class LmStudent:
 
     @classmethod
     def of(cls, plan: LmPlan, metering: Metering, engines: Engines | None = None) -> LmStudent:
-        """The student of a plan, with its key from the environment. Raises ConfigError for a key that can't be sent.
+        """The student of a plan, with its key from the environment. Raises ConfigError as `served_at` does.
 
         `engines` is what it shares with other students of the process, the shelf with its adapter among it; None: there
         are none, and nothing is loaded for it.
         """
         engines = engines or Engines()
-        server = StudentServer.at(
+        server = served_at(
             plan.base_url,
+            below="/v1",
             timeout_s=plan.timeout_s,
             api_key_env=plan.api_key_env,
-            device=engines.device(plan.base_url),
+            engines=engines,
         )
-        if plan.adapter is None or engines.adapters is None:
-            return cls(plan, server, metering)
-        told = Loaded(plan.base_url, plan.api_key_env)
-        return cls(plan, server, metering, AdapterLoading(plan.adapter, server, engines.adapters, told))
+        loading: AdapterLoading | PoolAdapterLoading | None = None
+        if plan.adapter is not None and engines.adapters is not None:
+            if plan.base_url is not None:
+                told = Loaded(plan.base_url, plan.api_key_env)
+                loading = AdapterLoading(plan.adapter, server, engines.adapters, told)
+            elif engines.pool is not None:
+                loading = PoolAdapterLoading(plan.adapter, engines.pool, engines.adapters)
+        return cls(plan, server, metering, loading)
 
     async def prepare(self) -> None:
         """Have its adapter loaded, if it has one. Raises AdapterNotLoaded or UpstreamError."""
@@ -131,7 +138,7 @@ class LmStudent:
             except BaseException:
                 self._open.discard(stream)
                 raise
-            response.on_close = lambda: self._open.discard(stream)
+            response.when_closed(lambda: self._open.discard(stream))
             return response
 
         tally = Tally(self._metering(request), self.plan.marks)

@@ -31,7 +31,7 @@ _MOST_TOP_LOGPROBS = 20
 
 @dataclass(frozen=True, slots=True)
 class LmPlan:
-    """How a model behind an OpenAI-compatible `base_url` is asked and judged.
+    """How a model behind an OpenAI-compatible `base_url` is asked and judged; None: at the servers of `student.vllm`.
 
     `api_key_env` names the environment variable with its key. At `checkpoints` and at `commit_tokens`, all counted
     in the model's own tokens, signals are taken; a streamed answer is judged at `commit_tokens`, or at its end if that
@@ -43,7 +43,7 @@ class LmPlan:
     makes `model` this student; its files are beside the plan.
     """
 
-    base_url: str
+    base_url: str | None
     model: str
     api_key_env: str | None = None
     checkpoints: tuple[int, ...] = (8, 24, 64)
@@ -65,7 +65,7 @@ class LmPlan:
         """
         if (choice.adapter is None) != (adapter is None):
             raise ValueError("an adapter is chosen and named, or there is none")
-        if choice.kind != "lm" or choice.base_url is None or choice.model is None:
+        if choice.kind != "lm" or choice.model is None:
             raise ValueError(f"a student of kind {choice.kind!r} isn't asked over HTTP")
         return cls(
             base_url=choice.base_url,
@@ -142,8 +142,8 @@ class LmPlan:
     def _wrong(self) -> str | None:
         """The name of the first field that can't be."""
         sound: Mapping[str, bool] = {
-            "base_url": isinstance(self.base_url, str)
-            and re.match(r"https?://[^/?#]", self.base_url) is not None,
+            "base_url": self.base_url is None
+            or (isinstance(self.base_url, str) and re.match(r"https?://[^/?#]", self.base_url) is not None),
             "model": isinstance(self.model, str) and bool(self.model),
             "api_key_env": self.api_key_env is None or isinstance(self.api_key_env, str),
             "checkpoints": all(_count(tokens) for tokens in self.checkpoints),

@@ -36,6 +36,7 @@ RESERVED_TASKS = frozenset({"other"})
 """`other` takes the requests of every prompt that is no task (yet, or beyond `server.max_tasks`); nothing is learned
 from it."""
 
+_OUR_VLLM_FLAGS = frozenset({"--api-key", "--host", "--model", "--port", "--uds"})
 _OTLP_ENDPOINTS = {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"}
 
 
@@ -201,8 +202,79 @@ class OnnxSettings(Section):
     threads: int = Field(1, ge=1, le=1024, description="threads that work at one request of theirs")
 
 
+class VllmSettings(Section):
+    """The vLLM that students are served by: one that `serve --vllm` runs, or `urls` of those that others run.
+
+    Keys are called what vLLM's flags are; absent, vLLM's own default holds.
+    """
+
+    model: str | None = Field(None, description="what `serve --vllm` serves: a folder, or a name vLLM knows")
+    served_model_name: str | None = Field(None, description="its name for students; absent: `model`")
+    python: str | None = Field(
+        None, description="the Python of the environment vLLM is installed in; absent: the gateway's own"
+    )
+    runner: Literal["generate", "pooling"] = "generate"
+    host: str = Field("127.0.0.1", description="where it listens; its key guards only what is below /v1")
+    port: int = Field(0, ge=0, le=65535, description="0: a free one")
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    quantization: str | None = Field(None, description="fp8, awq, gptq, … as vLLM calls them")
+    enable_prefix_caching: bool | None = None
+    tensor_parallel_size: int | None = Field(None, ge=1)
+    max_model_len: int | None = Field(None, ge=1)
+    enable_lora: bool = False
+    max_loras: int | None = Field(None, ge=1)
+    args: list[str] = Field(default=[], description="further flags of vLLM's")
+    ready_timeout_s: float = Field(
+        900.0, gt=0, description="a start that takes longer is given up, and tried again"
+    )
+    urls: list[str] = Field(default=[], description="servers that others run; the least busy is asked")
+    api_key_env: str | None = Field(
+        None, description="the environment variable that holds their key, if they want one"
+    )
+
+    @field_validator("urls")
+    @classmethod
+    def _are_urls(cls, value: list[str]) -> list[str]:
+        return [_check_url(url) for url in value]
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_the_name_of_a_variable(cls, value: str | None) -> str | None:
+        return None if value is None else _check_variable(value, "VLLM_API_KEY")
+
+    @field_validator("args")
+    @classmethod
+    def _leave_what_is_ours(cls, value: list[str]) -> list[str]:
+        for flag in value:
+            if flag.partition("=")[0] in _OUR_VLLM_FLAGS:
+                raise ValueError(
+                    f"should leave out {flag.partition('=')[0]}: "
+                    "where it listens, and with which key, the gateway has to know"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _is_one_or_the_other(self) -> Self:
+        if self.urls:
+            foreign = sorted(self.model_fields_set - {"urls", "api_key_env"})
+            if foreign:
+                raise ValueError(
+                    f"has urls, servers that others run, and {', '.join(foreign)}, which is about one run here: "
+                    "leave one of the two out"
+                )
+        elif self.model is None:
+            raise ValueError(
+                "needs model, what `understudy serve --vllm` is to serve, or urls of servers that others run"
+            )
+        elif self.api_key_env is not None:
+            raise ValueError("has api_key_env without urls: the one run here gets a key of its own")
+        if self.max_loras is not None and not self.enable_lora:
+            raise ValueError("has max_loras without enable_lora = true")
+        return self
+
+
 class StudentSettings(Section):
-    """What running students costs, and takes."""
+    """What running students costs, and takes, and what they are served by."""
 
     onnx: OnnxSettings = OnnxSettings()
     usd_per_hour: float = Field(
@@ -213,6 +285,7 @@ class StudentSettings(Section):
         ge=0,
         description="what an hour of clients' waiting is worth, where time is weighed against money",
     )
+    vllm: VllmSettings | None = None
     adapters_at: Path | None = Field(
         None,
         description="where the servers of language models see `state_dir`/adapters; absent: where the gateway does",
@@ -354,7 +427,9 @@ class StudentChoice(Section):
         False, description="of `lm`: whether the teacher starts beside it where an escalation is foreseen"
     )
     base_url: str | None = Field(
-        None, description="of `lm`: an OpenAI-compatible server; of `encoder`: a vLLM with a classifier"
+        None,
+        description="of `lm`: an OpenAI-compatible server; of `encoder`: a vLLM with a classifier; absent: "
+        "those of `student.vllm`",
     )
     model: str | None = Field(None, description="of `lm` and `encoder`: the model's name there")
     adapter: Path | None = Field(
@@ -421,14 +496,13 @@ class StudentChoice(Section):
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
         if self.served:
-            missing = [
-                name for name, value in (("base_url", self.base_url), ("model", self.model)) if not value
-            ]
-            if missing:
+            if not self.model:
                 raise ValueError(
-                    f'a student of kind "{self.kind}" needs {" and ".join(missing)}: '
-                    "where the model is served, and its name there"
+                    f'a student of kind "{self.kind}" needs model, its name where it is served, and base_url, which '
+                    "says where, unless student.vllm does"
                 )
+            if self.base_url is None and self.api_key_env is not None:
+                raise ValueError("api_key_env is the key of base_url: name that, too")
         if self.price is not None and self.usd_per_hour is not None:
             raise ValueError(
                 "a student is paid by its tokens (price) or by the hour (usd_per_hour), not both"
@@ -533,6 +607,18 @@ def _check_task(policy: TaskPolicy, where: str = "") -> None:
             )
 
 
+def _check_served(policy: TaskPolicy, info: ValidationInfo, where: str = "") -> None:
+    """Raise ValueError for a student that nobody serves."""
+    student = info.data.get("student")
+    if not isinstance(student, StudentSettings):
+        return  # what is wrong with it is said
+    if policy.student.served and policy.student.base_url is None and student.vllm is None:
+        raise ValueError(
+            f'{where}a student of kind "{policy.student.kind}" needs base_url, where it is served, or [student.vllm], '
+            "which says that for all"
+        )
+
+
 class TaskSettings(TaskPolicy):
     """One task with settings of its own; what it leaves out comes from `[task_defaults]`."""
 
@@ -571,8 +657,9 @@ class Settings(BaseSettings):
 
     @field_validator("task_defaults")
     @classmethod
-    def _defaults_hold_named_answers_to_more(cls, value: TaskPolicy) -> TaskPolicy:
+    def _defaults_hold_named_answers_to_more(cls, value: TaskPolicy, info: ValidationInfo) -> TaskPolicy:
         _check_task(value)
+        _check_served(value, info)
         return value
 
     @field_validator("task")
@@ -585,6 +672,7 @@ class Settings(BaseSettings):
             for task in value:
                 given = {**defaults.model_dump(exclude_unset=True), **task.model_dump(exclude_unset=True)}
                 _check_task(TaskSettings(**given), f"task {task.name}: ")
+                _check_served(TaskSettings(**given), info, f"task {task.name}: ")
         return value
 
     @classmethod

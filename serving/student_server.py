@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Protocol
 
 import orjson
 
@@ -20,6 +22,36 @@ class StudentBroken(UpstreamBroken):
 
 class StudentRefused(StudentBroken):
     """The student's server won't have this request: too long, mostly. It wouldn't a second time either."""
+
+
+class Served(Protocol):
+    """Where a student is asked: at one server, or at whichever of several (serving/pool.py)."""
+
+    device: DeviceTime
+
+    @property
+    def place(self) -> str:
+        """What it is called in messages."""
+        ...
+
+    async def post(self, path: str, asked: Json) -> UpstreamResponse:
+        """Send a request and wait for the head of a good answer.
+
+        Raises UpstreamRefused for any status that isn't one (see `refusal`), UpstreamError, or StudentUnavailable.
+        """
+        ...
+
+    async def get(self, path: str) -> UpstreamResponse:
+        """The same for a question without a body."""
+        ...
+
+    def refusal(self, error: UpstreamRefused) -> StudentBroken:
+        """What a refusal means, in the server's own words, without keys."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close what is its own."""
+        ...
 
 
 class StudentServer:
@@ -48,7 +80,7 @@ class StudentServer:
         Raises ConfigError for a key that can't be sent.
         """
         upstream = Upstream(base_url, timeout_s=timeout_s, who="the student")
-        return cls(upstream, device, key=_key(api_key_env))
+        return cls(upstream, device, key=key_of(api_key_env))
 
     @property
     def place(self) -> str:
@@ -85,18 +117,24 @@ class StudentServer:
 
     def refusal(self, error: UpstreamRefused) -> StudentBroken:
         """What a refusal means, in the server's own words: without our key, which some repeat."""
-        said = error.body.decode("utf-8", "replace")
-        if self._key is not None:
-            said = said.replace(self._key, "…")
-        kind = StudentRefused if error.status in _OF_THE_REQUEST else StudentBroken
-        return kind(f"the student at {self.place} answered with status {error.status}: {said[:200].strip()}")
+        return refusal_of(error, self.place, [] if self._key is None else [self._key])
 
     async def aclose(self) -> None:
         """Close every connection."""
         await self._upstream.aclose()
 
 
-def _key(variable: str | None) -> str | None:
+def refusal_of(error: UpstreamRefused, place: str, keys: Sequence[str]) -> StudentBroken:
+    """What a refusal means, in the server's own words: without our keys, which some repeat."""
+    said = error.body.decode("utf-8", "replace")
+    for key in keys:
+        said = said.replace(key, "…")
+    kind = StudentRefused if error.status in _OF_THE_REQUEST else StudentBroken
+    return kind(f"the student at {place} answered with status {error.status}: {said[:200].strip()}")
+
+
+def key_of(variable: str | None) -> str | None:
+    """The key in an environment variable, if there is one. Raises ConfigError for one that can't be sent."""
     value = os.environ.get(variable, "").strip() if variable is not None else ""
     if not (value.isascii() and value.isprintable()):
         raise ConfigError(

@@ -253,7 +253,7 @@ class Teacher:
         except BaseException:
             self._slots.give_back()
             raise
-        response.on_close = self._slots.give_back
+        response.when_closed(self._slots.give_back)
         response.headers = forwardable_response(response.headers, whole=True)
         return response
 

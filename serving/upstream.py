@@ -54,13 +54,14 @@ class UpstreamResponse:
 
     `headers` have lower-case names and keep repeated ones. An async context manager; leaving it (or
     `aclose`) gives the connection back when the body has come to its end, and closes it otherwise, which is
-    how the upstream learns that nobody is listening any more. `on_close` is called then, once.
+    how the upstream learns that nobody is listening any more. `brought_something`: some of the body has come.
     """
 
     def __init__(self, response: aiohttp.ClientResponse, who: str = "the teacher") -> None:
         self._response = response
         self._who = who
-        self.on_close: Callable[[], None] | None = None
+        self.brought_something = False
+        self._when_closed: list[Callable[[], None]] = []
         self.status: int = response.status
         self.headers: list[tuple[str, str]] = [
             (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.raw_headers
@@ -87,21 +88,27 @@ class UpstreamResponse:
     async def read_chunk(self) -> bytes | None:
         """Read what has come in, or None at the end of the body. Raises as `read` does."""
         try:
-            return await self._response.content.readany() or None
+            piece = await self._response.content.readany() or None
         except (aiohttp.ClientError, OSError) as error:
             raise _translated(error, self._who, "in the middle of its answer") from None
+        self.brought_something = self.brought_something or piece is not None
+        return piece
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Read the body piece by piece, as it comes in. Raises as `read` does."""
         while (chunk := await self.read_chunk()) is not None:
             yield chunk
 
+    def when_closed(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called once the connection is given back or closed."""
+        self._when_closed.append(tell)
+
     async def aclose(self) -> None:
         """Give the connection back, or close it. May be called again."""
         self._response.close()
-        told, self.on_close = self.on_close, None
-        if told is not None:
-            told()
+        told, self._when_closed = self._when_closed, []
+        for tell in told:
+            tell()
 
     async def __aenter__(self) -> Self:
         return self

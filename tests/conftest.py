@@ -43,6 +43,7 @@ from serving.releases import ReleaseStore
 from serving.settings import LogSettings, Settings
 from serving.stand_in import StandIn, create_stand_in
 from serving.stand_in_call import StandInHttp
+from serving.vllm_place import VllmPlace, read_place
 
 TEACHER_KEY = "teacher-key"
 
@@ -505,6 +506,64 @@ def serving(tmp_path: Path) -> Iterator[Callable[..., RunningCommand]]:
     for child in started:
         child.kill()
         child.communicate()
+
+
+class PretendVllm:
+    """A folder that tests/gateway/pretend_vllm.py takes for a model, and what became of the servers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "model"
+        self.folder.mkdir()
+        program = Path(__file__).parent / "gateway" / "pretend_vllm.py"
+        self.python = folder / "python"
+        self.python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{program}" "$@"\n')
+        self.python.chmod(0o755)
+        self.state_dir = folder / "state"
+        self.state_dir.mkdir()
+        self.behaves()
+
+    def behaves(self, **behaviour: Any) -> None:
+        written = self.folder / "new"
+        written.write_text(json.dumps(behaviour))
+        written.replace(self.folder / "behaviour.json")
+
+    def starts(self) -> list[dict[str, Any]]:
+        file = self.folder / "started"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def left(self) -> list[int]:
+        """Return the processes that were started and live."""
+        pids = [pid for start in self.starts() for pid in (start["pid"], start["child"]) if pid is not None]
+        return [pid for pid in pids if _lives(pid)]
+
+    def settings(self, **vllm: Any) -> Settings:
+        given = {"python": str(self.python), "model": str(self.folder), "served_model_name": "small", **vllm}
+        return Settings(state_dir=self.state_dir, student={"vllm": given})
+
+    def place(self) -> VllmPlace | None:
+        return read_place(self.state_dir)
+
+    def phase(self) -> str | None:
+        place = self.place()
+        return place.phase if place else None
+
+
+@pytest.fixture
+def pretend_vllm(tmp_path: Path) -> Iterator[PretendVllm]:
+    """A folder to serve as vLLM would; fails the test that leaves a server running."""
+    made = PretendVllm(tmp_path)
+    yield made
+    deadline = time.monotonic() + 20
+    while left := made.left():
+        assert time.monotonic() < deadline, f"servers outlive what runs them: {left}"
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.fixture

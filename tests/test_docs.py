@@ -23,7 +23,8 @@ from gateway.metrics import Metrics
 from routers.confidence import Confidence
 from routers.router import Router
 from serving.configuration import load_settings
-from serving.settings import ENV_PREFIX, Settings, TaskPolicy, TaskSettings
+from serving.pool import Pool
+from serving.settings import ENV_PREFIX, Settings, TaskPolicy, TaskSettings, VllmSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -162,6 +163,7 @@ def exposed() -> Iterator[tuple[str, set[str]]]:
     metrics.record_lost("t")
     metrics.record_late("t")
     metrics.record_upstream_error("teacher", "timeout")
+    metrics.record_servers(Pool(Path("unused"), VllmSettings(model="m")))
     metrics.record_cache("t", "hit")
     metrics.record_cache_age(0.1)
     metrics.record_cache_bytes(1)

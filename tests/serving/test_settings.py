@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ from serving.classify_plan import ClassifyPlan
 from serving.configuration import load_settings
 from serving.errors import ConfigError
 from serving.lm_plan import LmPlan
-from serving.settings import StudentChoice
+from serving.settings import Settings, StudentChoice
 
 
 def written(folder: Path, text: str) -> Path:
@@ -343,7 +344,7 @@ class TestStudents:
     @pytest.mark.parametrize(
         ("student", "said"),
         [
-            ('{ kind = "lm" }', "needs base_url and model: where the model is served, and its name there"),
+            ('{ kind = "lm" }', "needs model, its name where it is served, and base_url"),
             ('{ kind = "lm", base_url = "http://x/v1" }', 'a student of kind "lm" needs model'),
             (
                 '{ kind = "lm", base_url = "http://x/v1", model = "m", sees = "last" }',
@@ -360,11 +361,13 @@ class TestStudents:
                 'of kind "lm" has no embedder',
             ),
             ('{ features = "pixels" }', "student.features = 'pixels'"),
-            ('{ kind = "encoder" }', 'a student of kind "encoder" needs base_url and model'),
+            ('{ kind = "encoder" }', 'a student of kind "encoder" needs model, its name where it is served'),
             (
                 '{ kind = "encoder", base_url = "http://x/v1", model = "m", samples = 3 }',
                 'a student of kind "encoder" has no samples: that is for students of kind "lm"',
             ),
+            ('{ kind = "lm", model = "m" }', "needs base_url, where it is served, or [student.vllm]"),
+            ('{ kind = "lm", model = "m", api_key_env = "K" }', "api_key_env is the key of base_url"),
             ('{ kind = "big" }', "student.kind = 'big'"),
             ('{ kind = "lm", base_url = "x", model = "m" }', "should begin with http:// or https://"),
             ('{ kind = "lm", base_url = "http://x", model = "m", checkpoints = [0] }', "each at least 1"),
@@ -393,3 +396,43 @@ class TestStudents:
             load_settings(file)
         assert "sk-secret-1" not in str(wrong.value)
         assert "such as STUDENT_API_KEY" in str(wrong.value)
+
+
+class TestVllm:
+    def test_students_need_no_server_of_their_own_then(self) -> None:
+        task = {"name": "a", "student": {"kind": "lm", "model": "m"}}
+        settings = Settings(student={"vllm": {"urls": ["http://a:8000/v1"]}}, task=[task])
+        assert settings.for_task("a").student.base_url is None
+
+    def test_from_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("UNDERSTUDY_STUDENT__VLLM__MODEL", "some/model")
+        monkeypatch.setenv("UNDERSTUDY_STUDENT__VLLM__ARGS", '["--enforce-eager"]')
+        vllm = load_settings().student.vllm
+        assert vllm is not None
+        assert (vllm.model, vllm.args) == ("some/model", ["--enforce-eager"])
+
+    @pytest.mark.parametrize(
+        ("vllm", "said"),
+        [
+            ({}, "needs model, what `understudy serve --vllm` is to serve, or urls"),
+            ({"urls": ["http://x"], "model": "m"}, "has urls, servers that others run, and model"),
+            ({"urls": ["x"]}, "should begin with http:// or https://"),
+            ({"model": "m", "api_key_env": "K"}, "gets a key of its own"),
+            ({"urls": ["http://x"], "api_key_env": "sk-1"}, "should be the name of the environment variable"),
+            ({"model": "m", "args": ["--port=9"]}, "should leave out --port"),
+            ({"model": "m", "max_loras": 2}, "max_loras without enable_lora"),
+            ({"model": "m", "gpu_memory_utilization": 1.5}, "less than or equal to 1"),
+            (
+                {"model": "m", "gpu_memory_utilisation": 0.5},
+                "did you mean student.vllm.gpu_memory_utilization?",
+            ),
+        ],
+    )
+    def test_what_cant_be(self, tmp_path: Path, vllm: dict[str, Any], said: str) -> None:
+        file = tmp_path / "understudy.toml"
+        lines = [f"{key} = {json.dumps(value)}" for key, value in vllm.items()]
+        file.write_text("\n".join(["[student.vllm]", *lines]))
+        with pytest.raises(ConfigError) as wrong:
+            load_settings(file)
+        assert said in str(wrong.value)
+        assert "sk-1" not in str(wrong.value)

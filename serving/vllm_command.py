@@ -1,0 +1,92 @@
+"""How vLLM is started: its command line and its environment, from the settings."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+from serving.errors import ConfigError
+from serving.settings import ENV_PREFIX, Settings, VllmSettings
+
+_SERVER = "vllm.entrypoints.openai.api_server"
+_NOT_PASSED_ON = ("PROMETHEUS_MULTIPROC_DIR", "OPENAI_API_KEY", "VLLM_API_KEY")
+"""What would mix its metrics with ours, and keys that are none of its business."""
+_OF_OUR_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+
+
+def check_vllm(settings: Settings) -> None:
+    """Raise ConfigError for a configuration that `serve --vllm` can't be run with."""
+    vllm = settings.student.vllm
+    if vllm is None:
+        raise ConfigError(
+            "--vllm needs a section [student.vllm] that says which model to serve, and as what: "
+            'model = "…" (a folder, or a name vLLM knows)'
+        )
+    if vllm.urls:
+        raise ConfigError(
+            "--vllm starts a vLLM here, and student.vllm.urls names servers that others run: leave one of the two out"
+        )
+
+
+def served_name(vllm: VllmSettings) -> str:
+    """The name under which the model is asked for."""
+    return vllm.served_model_name or vllm.model or ""
+
+
+def command_of(vllm: VllmSettings, port: int) -> list[str]:
+    """The command line of a server on `port`."""
+    flags: list[tuple[str, object]] = [
+        ("--model", vllm.model),
+        ("--served-model-name", served_name(vllm)),
+        ("--runner", vllm.runner),
+        ("--host", vllm.host),
+        ("--port", port),
+        ("--gpu-memory-utilization", vllm.gpu_memory_utilization),
+        ("--quantization", vllm.quantization),
+        ("--tensor-parallel-size", vllm.tensor_parallel_size),
+        ("--max-model-len", vllm.max_model_len),
+        ("--max-loras", vllm.max_loras),
+    ]
+    command = [vllm.python or sys.executable, "-m", _SERVER, "--disable-uvicorn-access-log"]
+    for flag, value in flags:
+        if value is not None:
+            command += [flag, str(value)]
+    if vllm.enable_prefix_caching is not None:
+        command.append(f"--{'' if vllm.enable_prefix_caching else 'no-'}enable-prefix-caching")
+    if vllm.enable_lora:
+        command.append("--enable-lora")
+    return [*command, *vllm.args]
+
+
+def environment_of(settings: Settings, vllm: VllmSettings, key: str) -> dict[str, str]:
+    """Its environment: ours without our keys and settings, and with the key that it is to ask for.
+
+    The key isn't on the command line, which everybody on the machine may read.
+    """
+    hidden = {*_NOT_PASSED_ON, *_key_variables(settings)}
+    if vllm.python is not None:  # an environment of its own: ours has no place in it
+        hidden |= {*_OF_OUR_ENVIRONMENT}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in hidden and not name.upper().startswith(ENV_PREFIX)
+    }
+    # Nobody expects of a child that it imports what lies in the working directory (as `-P`, which Python 3.10 doesn't
+    # know), reports to others, or colours a log; whoever does sets them otherwise.
+    defaults: Mapping[str, str] = {
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "NO_COLOR": "1",
+    }
+    environment = {**defaults, **environment, "VLLM_API_KEY": key}
+    if vllm.enable_lora:
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+    return environment
+
+
+def _key_variables(settings: Settings) -> set[str]:
+    """The environment variables that hold keys, as far as the configuration names them."""
+    students = [settings.task_defaults.student, *(task.student for task in settings.task)]
+    return {settings.teacher.api_key_env, *(one.api_key_env for one in students if one.api_key_env)}
