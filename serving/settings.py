@@ -231,6 +231,9 @@ class VllmSettings(Section):
     api_key_env: str | None = Field(
         None, description="the environment variable that holds their key, if they want one"
     )
+    usd_per_hour: float | None = Field(
+        None, ge=0, description="price of all of them together; absent: that of a core"
+    )
 
     @field_validator("urls")
     @classmethod
@@ -256,7 +259,7 @@ class VllmSettings(Section):
     @model_validator(mode="after")
     def _is_one_or_the_other(self) -> Self:
         if self.urls:
-            foreign = sorted(self.model_fields_set - {"urls", "api_key_env"})
+            foreign = sorted(self.model_fields_set - {"urls", "api_key_env", "usd_per_hour"})
             if foreign:
                 raise ValueError(
                     f"has urls, servers that others run, and {', '.join(foreign)}, which is about one run here: "

@@ -12,6 +12,8 @@ class StudentPrices:
 
     def __init__(self, settings: StudentSettings) -> None:
         self._core_usd_per_hour = settings.usd_per_hour
+        vllm = settings.vllm.usd_per_hour if settings.vllm is not None else None
+        self._vllm_usd_per_hour = settings.usd_per_hour if vllm is None else vllm
 
     def usd(self, answer: StudentAnswer, kind: str, choice: StudentChoice) -> float:
         """USD of one answer by a student of `kind`, of a task that is configured to have `choice`.
@@ -27,6 +29,9 @@ class StudentPrices:
 
     def usd_per_hour(self, kind: str, choice: StudentChoice) -> float:
         """Price of what such a student runs on."""
-        if choice.kind == kind and choice.usd_per_hour is not None:
+        if choice.kind != kind:
+            return self._core_usd_per_hour
+        if choice.usd_per_hour is not None:
             return choice.usd_per_hour
-        return self._core_usd_per_hour
+        on_vllm = choice.served and choice.base_url is None
+        return self._vllm_usd_per_hour if on_vllm else self._core_usd_per_hour

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from serving.exchange import StudentAnswer
-from serving.settings import Price, StudentChoice, StudentSettings
+from serving.settings import Price, StudentChoice, StudentSettings, VllmSettings
 from serving.student_price import StudentPrices
 
 PRICES = StudentPrices(StudentSettings(usd_per_hour=0.36))
@@ -20,6 +20,17 @@ BILLED = LM.model_copy(update={"price": Price(input=1.0, output=5.0)})
 def test_an_answer_costs_the_time_of_what_it_ran_on() -> None:
     assert PRICES.usd(ANSWER, "lm", LM) == pytest.approx(0.5 * 0.36 / 3600)
     assert PRICES.usd(ANSWER, "lm", SERVER) == pytest.approx(0.5 * 7.2 / 3600)
+
+
+def test_one_on_a_vllm_of_ours_costs_what_that_does() -> None:
+    prices = StudentPrices(
+        StudentSettings(usd_per_hour=0.36, vllm=VllmSettings(urls=["http://a", "http://b"], usd_per_hour=3.6))
+    )
+    ours = LM.model_copy(update={"base_url": None})
+    assert prices.usd(ANSWER, "lm", ours) == pytest.approx(0.5 * 3.6 / 3600)
+    assert prices.usd(ANSWER, "lm", LM) == pytest.approx(0.5 * 0.36 / 3600), "it names a server of its own"
+    assert prices.usd(ANSWER, "lm", SERVER.model_copy(update={"base_url": None})) == pytest.approx(1e-3)
+    assert prices.usd(ANSWER, "linear", StudentChoice()) == pytest.approx(0.5 * 0.36 / 3600)
 
 
 def test_where_that_was_not_measured_it_costs_as_long_as_it_took() -> None:
