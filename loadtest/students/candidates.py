@@ -30,13 +30,15 @@ class Means:
     """What students are made with.
 
     `python` is that of an environment with torch and vLLM, `base` the folder of a sentence encoder in Hugging Face's
-    form, `lm_model` that of a language model (None: a tiny one is trained), `models` where trained ones are kept.
+    form, `lm_model` that of a language model (None: a tiny one is trained) and `lm_usd_per_hour` the price of what that
+    runs on (None: as a core), `models` where trained ones are kept.
     `core` is the one that a student may use.
     """
 
     python: Path | None
     base: Path | None
     lm_model: Path | None
+    lm_usd_per_hour: float | None
     models: Path
     core: int
 
@@ -109,7 +111,10 @@ def lm(means: Means, split: Split, work: Path) -> Iterator[Ready]:
         folder = _tiny_lm(means, python, split, learned_from)
         choice["trained_until"] = split.moment(learned_from - 1).isoformat()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    with vllm_server(python, folder, "small", work, core=means.core) as server:
+    if means.lm_usd_per_hour is not None:
+        choice["usd_per_hour"] = means.lm_usd_per_hour
+    core = means.core if means.lm_model is None else None  # a named one may want the whole machine, and a GPU
+    with vllm_server(python, folder, "small", work, core=core) as server:
         yield Ready(
             {**choice, "base_url": server.base_url},
             server=server.session,

@@ -51,6 +51,7 @@ def main() -> int:
         python=options.python,
         base=options.base,
         lm_model=options.lm_model,
+        lm_usd_per_hour=options.lm_usd_per_hour,
         models=options.cache / "models",
         core=cores[0],
     )
@@ -64,6 +65,7 @@ def main() -> int:
             "seconds": options.seconds,
             "usd_per_hour": options.usd_per_hour,
             "lm_model": str(options.lm_model),
+            "lm_usd_per_hour": options.lm_usd_per_hour,
             "base": str(options.base),
         },
     )
@@ -112,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--base", type=Path, help="the folder of all-MiniLM-L6-v2 in Hugging Face's form")
     parser.add_argument("--lm-model", type=Path, help="the folder of a language model (default: a tiny one)")
+    parser.add_argument(
+        "--lm-usd-per-hour", type=float, help="price of what that runs on (default: as a core)"
+    )
     parser.add_argument("--cache", type=Path, default=_CACHE, help="where results are kept")
     parser.add_argument("--again", action="store_true", help="measure anew what was measured before")
     return parser
@@ -149,7 +154,7 @@ def _measure(
                 requests,
                 expected_per_s=probed.per_s,
                 seconds=options.seconds,
-                usd_per_hour=options.usd_per_hour,
+                usd_per_hour=ready.choice.get("usd_per_hour", options.usd_per_hour),
             )
             teacher_usd = [split.teacher_usd(prices, example) for example in split.test]
             latencies = sorted(probed.latencies_s)

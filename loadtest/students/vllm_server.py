@@ -1,4 +1,4 @@
-"""A vLLM with one model on one core, for as long as a student of it is measured."""
+"""A vLLM with one model, for as long as a student of it is measured."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from loadtest.processes import pinned
 from serving.errors import UnderstudyError
 
 _PATIENCE_S = 600.0
+_ON_ONE_CORE = ("--enforce-eager", "--max-model-len", "1024", "--dtype", "float32", "--max-num-seqs", "16")
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # it is pinned from outside
@@ -44,17 +46,18 @@ class Server:
 
 
 @contextlib.contextmanager
-def vllm_server(python: Path, model: Path, name: str, work: Path, *, core: int) -> Iterator[Server]:
-    """Run vLLM with a language model, pinned to a core. Raises NoServer."""
+def vllm_server(python: Path, model: Path, name: str, work: Path, *, core: int | None) -> Iterator[Server]:
+    """Run vLLM with a language model: on one core, or as it likes where there is none. Raises NoServer."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--model", str(model), "--served-model-name", name, "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--dtype", "float32", "--max-num-seqs", "16"]
+    command += ["--port", str(port), "--model", str(model), "--served-model-name", name]
+    if core is not None:
+        command += [*_ON_ONE_CORE]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | _ENVIRONMENT
     log = work / "vllm.log"
     began = time.perf_counter()
-    with log.open("wb") as output, pinned(core):
+    with log.open("wb") as output, nullcontext() if core is None else pinned(core):
         process = subprocess.Popen(  # noqa: S603 - the environment that the user names
             command,
             stdin=subprocess.DEVNULL,
