@@ -76,7 +76,8 @@ class CandidateFile:
     def read(self, policy: TaskPolicy) -> Candidate | None:
         """The candidate; None if there is none, if it was fixed under another promise, or if it is damaged.
 
-        What it spent is in the journal, whatever became of it. Raises OSError.
+        What it spent is in the journal, whatever became of it. Raises OSError, and ConfigError where what its student
+        runs on isn't there.
         """
         try:
             data = orjson.loads(self._path.read_bytes())

@@ -126,7 +126,10 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         fence = max(fence, dataset.teacher_since)
         candidates = CandidateFile(settings.state_dir, task, engines=engines)
         betting = policy.admission == "e-process"
-        candidate = candidates.read(policy) if betting else None
+        try:
+            candidate = candidates.read(policy) if betting else None
+        except ConfigError as error:  # what its student runs on isn't there
+            return Lesson(task, "held", f"its candidate can't be tested: {error}", len(dataset.rows))
         noisy = too_noisy(dataset, policy) is not None
         if candidate is not None and candidate.after > fence and not noisy:
             lesson = _bet(settings, task, candidate, candidates, dataset, journal, policy, fence)
@@ -137,7 +140,7 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         if waiting is None:
             try:
                 past, dataset = kind.prepare(dataset, exchanges, progress)
-            except (StudentSilent, ErasedMeanwhile) as error:
+            except (StudentSilent, ErasedMeanwhile, ConfigError) as error:
                 return Lesson(task, "held", f"no look was taken: {error}", len(dataset.rows))
             waiting = not_due(dataset, journal.past(), policy, fence=fence)  # less may be left
         if waiting is not None:

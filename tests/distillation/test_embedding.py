@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +233,40 @@ class TestFolders:
         said = self.held(write_log, exchanges, embedder, python=Path("/nowhere/python"))
         assert "/nowhere/python can't be run" in said
         assert "learning.python" in said
+
+
+@pytest.mark.parametrize("admission", ["looks", "e-process"])
+def test_without_the_extra_it_is_said_what_to_install(
+    write_log: Make, exchanges: Make, embedder: Path, tmp_path: Path, admission: str
+) -> None:
+    state = write_log(exchanges(messages(300)))
+    if admission == "e-process":
+        assert "is fixed" in lesson(settings(state, embedder, admission=admission)).message
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    (gone / "onnxruntime.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'onnxruntime'\", name='onnxruntime')"
+    )
+    (tmp_path / "understudy.toml").write_text(
+        f'''state_dir = "{state}"
+        [[task]]
+        name = "intents"
+        max_disagreement = 0.1
+        admission = "{admission}"
+        student = {{ kind = "linear", features = "embedding", embedder = "{embedder}" }}
+        '''
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "understudy", "learn", "--task", "intents"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(gone), str(Path(__file__).parents[2])])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert "intents: held: " in done.stdout, done.stderr
+    assert "pip install 'understudy[encoder]'" in done.stdout.replace("\n", " ")
+    assert "Traceback" not in done.stderr
 
 
 def test_damage_is_told(write_log: Make, exchanges: Make, embedder: Path) -> None:
