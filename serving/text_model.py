@@ -9,7 +9,10 @@ gives float32[n, k]: logits, or an embedding. What else there is to know stands 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -155,6 +158,16 @@ def _read_tokenizer(data: bytes) -> Tokenizer:
     return tokenizer
 
 
+@contextmanager
+def _as_file(data: bytes) -> Iterator[str]:
+    """The path of a file with these bytes, in memory where the system can: a session keeps bytes that it was given."""
+    in_memory = sys.platform == "linux"
+    with os.fdopen(os.memfd_create("model"), "wb") if in_memory else tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}" if in_memory else file.name
+
+
 def _read_model(data: bytes, providers: Sequence[str], threads: int) -> onnxruntime.InferenceSession:
     there = onnxruntime.get_available_providers()
     lacking = [name for name in providers if name not in there]
@@ -172,7 +185,10 @@ def _read_model(data: bytes, providers: Sequence[str], threads: int) -> onnxrunt
     # Weights that a graph says are elsewhere would be read from wherever this process happens to run.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
-        session = onnxruntime.InferenceSession(data, options, providers=list(providers), enable_fallback=0)
+        with _as_file(data) as path:
+            session = onnxruntime.InferenceSession(
+                path, options, providers=list(providers), enable_fallback=0
+            )
     except Exception as error:  # the library raises nothing more specific
         raise DamagedRelease(
             f"ONNX Runtime {onnxruntime.__version__} can't load model.onnx: {_line(error)}"

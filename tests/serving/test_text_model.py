@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,13 @@ class TestDamage:
             assert "\n" not in str(error)
             return
         assert loaded.numbers("card").dtype == np.float32
+
+
+def test_a_model_doesnt_keep_the_bytes_it_was_made_of(text_files: Callable[..., dict[str, bytes]]) -> None:
+    """A sentence encoder has 90 MB, which every worker would hold twice."""
+    files = text_files({"word": [1.0]})
+    before = sys.getrefcount(files["model.onnx"])
+    model = Engines().text_model(files)
+    after = sys.getrefcount(files["model.onnx"])
+    assert model.numbers("word")[0] == pytest.approx(1.0)
+    assert before == after
