@@ -132,7 +132,7 @@ def _export(job: Json) -> Json:
     fit = 1.0
     if job["precision"] == "int8":
         _say(progress={"stage": "quantising"})
-        fit = _quantise(written, expected, batches, names, numpy, onnxruntime)
+        fit = _quantise(written, model.config, expected, batches, names, numpy, onnxruntime)
     _describe(
         written,
         {
@@ -303,14 +303,28 @@ def _runner(path: Path, names: list[str], onnxruntime: Any, threads: int) -> Cal
 
 
 def _quantise(
-    path: Path, expected: list[Any], batches: list[Json], names: list[str], numpy: Any, onnxruntime: Any
+    path: Path,
+    config: Any,
+    expected: list[Any],
+    batches: list[Json],
+    names: list[str],
+    numpy: Any,
+    onnxruntime: Any,
 ) -> float:
     """Replace the file by one with weights of 8 bits; how well what it gives correlates with what 32 gave."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     full = path.with_name("full.onnx")
     path.rename(full)
-    quantize_dynamic(full, path, per_channel=True, weight_type=QuantType.QInt8)
+    _fuse(full, config)
+    quantize_dynamic(
+        full,
+        path,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what comes out of fused operations
+    )
     full.unlink()
     run = _runner(path, names, onnxruntime, 1)
     fits = [
@@ -324,6 +338,24 @@ def _quantise(
             f"8 bits are too few for this model (they fit what it gave by {fit:.2f} only): export it as fp32"
         )
     return fit
+
+
+def _fuse(path: Path, config: Any) -> None:
+    """Replace what ONNX Runtime has operations of its own for, where it finds it: a tenth faster in 8 bits.
+
+    The model of 32 bits stays as it is: other execution providers than the CPU's know the standard's operations only.
+    """
+    from onnxruntime.transformers import optimizer
+
+    with contextlib.suppress(Exception):  # it knows the usual ones; the others are as right without
+        fused = optimizer.optimize_model(
+            str(path),
+            model_type="bert",
+            num_heads=config.num_attention_heads,
+            hidden_size=config.hidden_size,
+            opt_level=0,
+        )
+        fused.save_model_to_file(str(path))
 
 
 def _describe(path: Path, said: dict[str, str], onnx: Any) -> None:

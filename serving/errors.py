@@ -21,6 +21,9 @@ UnderstudyError
 ├── NotLearned             it gave no release (loadtest/students/lesson.py)
 ├── ProbeFailed            its measurement ended without a result (loadtest/students/probe.py)
 ├── AdapterNotLoaded       a server doesn't serve an adapter (serving/adapter_loading.py)
+├── UnfitEmbedder          a folder holds no sentence encoder that can be used (serving/embedder_folder.py)
+├── TrainingFailed         a child that trains or exports ended badly (distillation/training_process.py)
+├── NoServer               a vLLM to measure isn't there (loadtest/students/vllm_server.py)
 ├── StudentUnavailable     a student took too long or is left alone (serving/guarded_student.py)
 ├── RequestError           the client's fault: becomes OpenAI's envelope with its own status
 │   └── ScriptedError      an error that the stand-in was asked for (serving/stand_in.py)

@@ -160,9 +160,10 @@ class Pool:
         raise self._unavailable()
 
     def _unavailable(self) -> StudentUnavailable:
-        return StudentUnavailable(
-            f"no server of student.vllm can be asked: {self.summary() or 'there is no such section'}"
-        )
+        why = self.summary() or "there is no such section"
+        if any(member.up for member in self._members):
+            why = "what is up has left requests without a word and is left alone for a moment"
+        return StudentUnavailable(f"no server of student.vllm can be asked: {why}")
 
     @property
     def api_key_env(self) -> str | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +17,7 @@ from serving.errors import ConfigError, DamagedRelease
 from serving.settings import OnnxSettings
 
 Files = dict[str, bytes]
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = {"lost": [3.0, 0.0], "late": [0.0, 4.0]}
 
 
@@ -61,6 +65,31 @@ class TestEngines:
         engines = Engines(onnx=OnnxSettings(providers=["MadeUpExecutionProvider", "CPUExecutionProvider"]))
         with pytest.raises(ConfigError, match=r"no MadeUpExecutionProvider, only .*CPUExecutionProvider"):
             engines.text_model(files)
+
+    @pytest.mark.parametrize("library", ["onnxruntime", "tokenizers"])
+    def test_without_the_extra_it_is_said_what_to_install(
+        self, files: Files, tmp_path: Path, library: str
+    ) -> None:
+        for name, data in files.items():
+            (tmp_path / name).write_bytes(data)
+        code = f"""
+import sys
+from pathlib import Path
+sys.modules["{library}"] = None  # as if it weren't there
+from serving.engines import Engines
+from serving.errors import ConfigError
+try:
+    Engines().text_model({{path.name: path.read_bytes() for path in Path({str(tmp_path)!r}).iterdir()}})
+except ConfigError as error:
+    print(error)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout == (
+            f"a release holds a model that runs in process, and {library} isn't installed: "
+            "pip install 'understudy[encoder]'\n"
+        )
 
     def test_students_of_one_server_share_its_meter(self) -> None:
         engines = Engines()
