@@ -106,6 +106,7 @@ def build_dataset(
     *,
     unsupported: Unsupported | None = None,
     trained_until: float = -math.inf,
+    judges: Callable[[str], bool] | None = None,
 ) -> Dataset:
     """Sort the exchanges of one task, oldest first, into rows and traffic. Order is kept.
 
@@ -113,7 +114,8 @@ def build_dataset(
     earlier student couldn't serve isn't: the teacher answered it for certain. A student that sees all of a request says
     what is `unsupported` itself. One that was trained elsewhere on the log, up to `trained_until` (seconds since the
     epoch), has nothing to do with what came before: neither labels nor traffic. The same goes for what came before the
-    teacher changed (distillation/teachers.py).
+    teacher changed (distillation/teachers.py). `judges` says by its id whether an exchange is of the part that judges
+    (distillation/split.py): what isn't counts neither as label nor as traffic; None: all judge.
 
     Nothing after the oldest audit that is still owed is used: leaving out just the audits that are under way would
     make audited traffic look rarer than it is. One owed for longer than an hour is missing.
@@ -130,6 +132,9 @@ def build_dataset(
             continue
         if changed and exchange.created < changed.get(requested_of(exchange.request), -math.inf):
             dataset.left_out["the teacher has changed since"] += 1
+            continue
+        if judges is not None and not judges(exchange.id):
+            dataset.left_out["kept for training"] += 1
             continue
         owed = exchange.audit == "pending" and _unusable(exchange, feature_of) is None
         waiting = waiting or (owed and exchange.created >= stale)
@@ -170,16 +175,18 @@ def build_dataset(
     return dataset
 
 
-def dataset_of(exchanges: Iterable[Exchange], policy: TaskPolicy) -> Dataset:
-    """The dataset of the student that a policy asks for, as learning will see it."""
+def dataset_of(
+    exchanges: Iterable[Exchange], policy: TaskPolicy, judges: Callable[[str], bool] | None = None
+) -> Dataset:
+    """The dataset of the student that a policy asks for, as learning will see it; `judges` as in `build_dataset`."""
     comparing = comparison(policy.agreement)
     student = policy.student
     until = -math.inf if student.trained_until is None else student.trained_until.timestamp()
     if student.kind != "lm":
-        return build_dataset(exchanges, comparing, student.sees, trained_until=until)
+        return build_dataset(exchanges, comparing, student.sees, trained_until=until, judges=judges)
     from serving.lm import unsupported  # with the HTTP client, which a linear student doesn't need
 
-    return build_dataset(exchanges, comparing, unsupported=unsupported, trained_until=until)
+    return build_dataset(exchanges, comparing, unsupported=unsupported, trained_until=until, judges=judges)
 
 
 def _answer(exchange: Exchange, comparing: Comparison) -> str | None:

@@ -28,14 +28,16 @@ def not_due(
 ) -> NotDue | None:
     """Why the next look isn't due yet, or None: it is.
 
-    A linear student chooses among the answers it has seen, so that there must be few of them, seen often. One that is
-    served elsewhere has its own: for it labels are counted and nothing else. `fence` is when a release was last
-    withdrawn: the dataset begins there, and so do the looks.
+    A student that is trained here chooses among the answers it has seen, so that there must be few of them, seen often.
+    One that is served elsewhere has its own: for it labels are counted and nothing else. `fence` is when a release was
+    last withdrawn: the dataset begins there, and so do the looks.
     """
     chooses = not policy.student.served
     if chooses and policy.agreement.kind == "numeric":
         return NotDue(
-            True, "a linear student needs an agreement with a normal form: exact or json, not numeric"
+            True,
+            f"a student of kind {policy.student.kind} needs an agreement with a normal form: exact or json, "
+            "not numeric",
         )
     labels = len(dataset.rows)
     needed = labels_needed(past, policy.max_disagreement, policy.certainty, fence=fence)

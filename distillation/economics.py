@@ -13,6 +13,7 @@ from distillation.journal import LookJournal
 from distillation.learning_cost import LearningCost, all_of
 from distillation.named_answers import never_given
 from distillation.prompts import Prompts
+from distillation.split import Split
 from distillation.watching import Watched, came_after, live_of, watched
 from routers.looks import unseen_chance
 from routers.noise import Noise
@@ -102,7 +103,9 @@ def _summary(settings: Settings, reader: LogReader, task: str, prompts: Prompts 
     policy = settings.for_task(task) if task not in RESERVED_TASKS else TaskSettings(name=task)
     live = live_of(settings, task)
     fence = live.fence if live is not None else 0.0
-    dataset = dataset_of(came_after(read.exchanges, fence), policy)
+    exchanges = came_after(read.exchanges, fence)
+    split = Split.of(policy, ReleaseStore(settings.state_dir), exchanges)
+    dataset = dataset_of(exchanges, policy, split.judges)
     answers = dataset.answers
     prices = [
         e.teacher.cost_usd

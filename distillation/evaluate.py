@@ -17,16 +17,18 @@ from distillation.evaluation import Admitted, Evaluation, JudgedAnswer, OneRelea
 from distillation.judgement import judge
 from distillation.past import Past, PastRelease
 from distillation.release_costs import release_costs
-from distillation.samples import Labelled, LabelSource, LinearSource, judge_recording, sample_of, weigh
+from distillation.samples import ClosedSource, Labelled, LabelSource, judge_recording, sample_of, weigh
 from distillation.watching import came_after, live_of, withdrawal_line
 from routers.coin import audit_rate
 from serving.agreement import comparison
+from serving.engines import Engines
 from serving.errors import DamagedRelease, UnderstudyError, UnknownRelease, UnknownTask
 from serving.exchange import Json
 from serving.log import LogReader
 from serving.recording import Recording
-from serving.releases import ReleaseStore
+from serving.releases import Release, ReleaseStore
 from serving.settings import RESERVED_TASKS, Settings, TaskSettings
+from serving.sight import seen_text
 
 Progress = Callable[[str], None]
 
@@ -48,8 +50,9 @@ def evaluate(
     name, is_live = _which(store, task, release)
     policy = settings.for_task(task)
     comparing = comparison(policy.agreement)
-    card = store.read(task, name).card
-    source = _source(settings, store, policy, name, card)
+    read_release = store.read(task, name)
+    card = read_release.card
+    source = _source(settings, store, policy, read_release)
     progress("reading the log")
     read = LogReader(settings.state_dir).exchanges(task)
     created = _number(card.get("created"))
@@ -74,12 +77,17 @@ def evaluate(
     on_file, seen = None, 0
     if recording is not None:
         progress(f"answering {len(recording):,} recorded messages")
-        fitted_on = {row.text for row in dataset.rows if row.id in past.held_out}
         if not isinstance(past, PastRelease):
             raise UnderstudyError(
                 f"a recording can be judged by a student that lies in its release; that of {name} is "
                 f"{card['student']!r}: replay the recording through the gateway instead"
             )
+        fitted_on = {row.text for row in dataset.rows if row.id in past.held_out}
+        fitted_on |= {
+            seen_text(exchange.request, past.student.sees)
+            for exchange in read.exchanges
+            if exchange.id in past.taught
+        }
         on_file, seen = judge_recording(recording, past, comparing, fitted_on, notes)
     promise = PromiseMade(
         _number(card.get("max_disagreement")) or policy.max_disagreement,
@@ -137,22 +145,22 @@ def evaluate(
     )
 
 
-def _source(
-    settings: Settings, store: ReleaseStore, policy: TaskSettings, name: str, card: Json
-) -> LabelSource:
+def _source(settings: Settings, store: ReleaseStore, policy: TaskSettings, release: Release) -> LabelSource:
     """What the labels of this release are read and redone by."""
-    task = policy.name
-    if card.get("student") != "linear":
-        from distillation.served_source import (
-            ServedSource,
-        )  # the HTTP client: imported only where a student is asked
+    task, name = policy.name, release.name
+    if release.card.get("student") != "linear":
+        # With the HTTP client: imported only where a student may have to be asked.
+        from distillation.served_source import ServedSource
+        from serving.served import is_served
 
-        return ServedSource(settings, store, task, name)
+        if is_served(release):
+            return ServedSource(settings, store, task, name)
     if policy.agreement.kind == "numeric":
         raise UnderstudyError(
             f"answers of task {task} are compared by numeric, which has no normal form: {name} can't be evaluated by it"
         )
-    return LinearSource(store, task, name, comparison(policy.agreement))
+    engines = Engines(onnx=settings.student.onnx)
+    return ClosedSource(store, task, name, comparison(policy.agreement), engines)
 
 
 def _which(store: ReleaseStore, task: str, release: str | None) -> tuple[str, bool]:

@@ -110,10 +110,15 @@ def closed_release(
     _: float | None = None,
     ahead: Ahead | None = None,
     refused: Refused | None = None,
+    *,
+    taught: frozenset[str] = frozenset(),
 ) -> PastRelease:
-    """A release of a student with a closed answer space. Rows that can't be accepted aren't remembered."""
+    """A release of a student with a closed answer space. Rows that can't be accepted aren't remembered.
+
+    `taught` are the ids of what trained a student that wasn't cross-fitted.
+    """
     known = {id: (rank, key) for id, (rank, key) in held_out.items() if key is not None and np.isfinite(rank)}
-    return PastRelease(student, router, known, ahead or Ahead(), refused or Refused())
+    return PastRelease(student, router, known, ahead or Ahead(), refused or Refused(), taught)
 
 
 def judge(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from distillation.dataset import Dataset, dataset_of
 from distillation.features import FeaturesOf
 from distillation.past import Past, read_past, redoable
+from distillation.split import Split
 from routers.foresight_fit import Stakes
 from serving.embedded import MODEL as EMBEDDED
 from serving.embedder_folder import UnfitEmbedder
@@ -99,7 +100,8 @@ class LinearKind:
 
     def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
         """Rows by what the student sees."""
-        return dataset_of(exchanges, self._policy)
+        split = Split.of(self._policy, self._store, exchanges)
+        return dataset_of(exchanges, self._policy, split.judges)
 
     def prepare(
         self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress

@@ -32,7 +32,7 @@ from serving.exchange import Json
 from serving.log import LogReader
 from serving.releases import ReleaseStore
 from serving.settings import RESERVED_TASKS, Settings, TaskSettings
-from serving.student_answers import ErasedMeanwhile
+from serving.student_answers import ErasedMeanwhile, ErasureStamp
 
 if TYPE_CHECKING:
     from distillation.embedder import SentenceEncoder
@@ -168,6 +168,12 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
 def _kind(settings: Settings, policy: TaskSettings, engines: Engines) -> Kind:
     """What learns the kind of student that the task is to have. `engines` is what it shares with its releases."""
     store = ReleaseStore(settings.state_dir)
+    if policy.student.base is not None:
+        from distillation.encoder_kind import EncoderKind
+        from distillation.encoder_tuning import FineTuning
+
+        tuning = FineTuning(settings, policy, engines)
+        return EncoderKind(store, policy, tuning, ErasureStamp(settings.state_dir, policy.name), engines)
     if not policy.student.served:
         embedder = policy.student.embedder
         load = None if embedder is None else partial(_load_encoder, settings, embedder, engines)

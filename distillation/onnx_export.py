@@ -6,7 +6,8 @@ It imports nothing of ours, since it runs where none of it need be installed. JO
 
 - `base`: the folder of a Hugging Face encoder; `out`: the folder to write `model.onnx` and `tokenizer.json` into
 - `gives`: `embedding` (the mean over the tokens of the last layer, as a unit vector; Reimers & Gurevych, 2019) or
-  `logits` (of its classification head)
+  `logits`: of its classification head, or of the one that `encoder_training.py` has written beside it
+  (`head.safetensors`, linear over that mean as it is)
 - `precision`: `fp32`, or `int8`: weights of 8 bits, a scale per channel, activations quantised as they come
 - `longest` text in tokens, absent: what the folder says; `threads`
 
@@ -40,6 +41,7 @@ TOLERANCE = 1e-3
 LEAST_INT8_FIT = 0.9
 """The least correlation of what 8 bits give with what 32 gave."""
 
+_HEAD = "head.safetensors"
 _OPSET = 17
 _MOST_TOKENS = 8192
 _LENGTHS = {"sentence_bert_config.json": "max_seq_length", "tokenizer_config.json": "model_max_length"}
@@ -95,13 +97,16 @@ def _export(job: Json) -> Json:
     torch.set_num_threads(int(job.get("threads", 1)))
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = _load(folder, job["gives"], transformers)
+    head = _head(folder) if job["gives"] == "logits" else None
+    model = _load(folder, "embedding" if head is not None else job["gives"], transformers)
     if tokenizer.get_vocab_size() > model.config.vocab_size:
         raise Unfit(
             f"{folder}: tokenizer.json knows {tokenizer.get_vocab_size()} tokens and the model "
             f"{model.config.vocab_size}: one of them is another model's"
         )
-    whole = _whole(model, job["gives"], torch)
+    if head is not None and head["weight"].shape[1:] != (model.config.hidden_size,):
+        raise Unfit(f"{folder}: {_HEAD} isn't that of this model: one of them is another's")
+    whole = _whole(model, job["gives"], head, torch)
     pad_id = model.config.pad_token_id or 0
     batches = [_batch([text], tokenizer, pad_id, numpy) for text in TEXTS]
     batches.append(_batch(TEXTS, tokenizer, pad_id, numpy))
@@ -211,21 +216,42 @@ def _load(folder: Path, gives: str, transformers: Any) -> Any:
     return model.float().eval()
 
 
-def _whole(model: Any, gives: str, torch: Any) -> Any:
+def _head(folder: Path) -> Any:
+    """The linear head beside the model, `weight` [k, d] and `bias` [k]; None: there is none."""
+    from safetensors.torch import load_file
+
+    if not (folder / _HEAD).is_file():
+        return None
+    try:
+        head = load_file(folder / _HEAD)
+        if head["weight"].shape[:1] == head["bias"].shape and head["weight"].ndim == 2:
+            return head
+        said = f"weight {tuple(head['weight'].shape)}, bias {tuple(head['bias'].shape)}"
+    except Exception as error:  # a damaged file makes its reader raise whatever it likes
+        said = _line(error)
+    raise Unfit(f"{folder}: {_HEAD} can't be read: {said}")
+
+
+def _whole(model: Any, gives: str, head: Any, torch: Any) -> Any:
     """The graph to export: from tokens to float32[n, k]."""
 
     class Whole(torch.nn.Module):  # type: ignore[misc]  # torch is known to the interpreter that runs this only
         def __init__(self) -> None:
             super().__init__()
             self.model = model
+            if head is not None:
+                self.register_buffer("weight", head["weight"].float())
+                self.register_buffer("bias", head["bias"].float())
 
         def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None) -> Any:
             types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
             made = self.model(input_ids=input_ids, attention_mask=attention_mask, **types)
-            if gives == "logits":
+            if gives == "logits" and head is None:
                 return made.logits
             weight = attention_mask.unsqueeze(-1).to(made.last_hidden_state.dtype)
             mean = (made.last_hidden_state * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
+            if head is not None:
+                return torch.nn.functional.linear(mean, self.weight, self.bias)
             return torch.nn.functional.normalize(mean, dim=1)
 
     return Whole().eval()

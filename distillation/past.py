@@ -19,7 +19,7 @@ from serving.closed_answers import ClosedStudent, TextTooLong
 from serving.closed_students import load_closed_student
 from serving.engines import Engines
 from serving.errors import DamagedRelease, UnknownRelease
-from serving.releases import HELD_OUT_FILE, ReleaseStore
+from serving.releases import HELD_OUT_FILE, TAUGHT_FILE, ReleaseStore
 from serving.sight import seen_text, unsupported
 
 ROUTER_FILE = "router.json"
@@ -72,7 +72,9 @@ class PastRelease:
 
     `held_out` maps the ids of those rows to the rank and answer key that cross-fitting gave them: the released
     student and confidence have seen them and would be too sure. `refused` says which of them other rows' vetoes refuse.
-    What `ahead` skips is never accepted.
+    What `ahead` skips is never accepted. `taught` are the ids of what trained a student that wasn't cross-fitted: there
+    is no telling what the release would have made of them, and nothing is to be asked about them
+    (distillation/split.py).
     """
 
     student: ClosedStudent
@@ -80,6 +82,7 @@ class PastRelease:
     held_out: Mapping[str, tuple[float, str]]
     ahead: Ahead = field(default_factory=Ahead)
     refused: Refused = field(default_factory=Refused)
+    taught: frozenset[str] = frozenset()
     _made: dict[str, tuple[float, Mapping[str, float], str]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -135,6 +138,7 @@ class PastRelease:
             HELD_OUT_FILE: orjson.dumps(self.held_out),
             **self.ahead.files(),
             **self.refused.files(self.router.vetoed),
+            **({TAUGHT_FILE: orjson.dumps(dict.fromkeys(sorted(self.taught), True))} if self.taught else {}),
         }
 
 
@@ -156,8 +160,12 @@ def past_of(files: Mapping[str, bytes], what: str, engines: Engines | None = Non
             held_out = {id: (router.confidence.rank(s, {}, k), k) for id, (s, k) in held_out.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedRelease(f"{what}: {HELD_OUT_FILE} can't be read: {error}") from error
+    try:
+        taught = frozenset(str(id) for id in dict(orjson.loads(files.get(TAUGHT_FILE, b"{}"))))
+    except (TypeError, ValueError) as error:
+        raise DamagedRelease(f"{what}: {TAUGHT_FILE} can't be read: {error}") from error
     student = load_closed_student(files, engines or Engines())
-    return PastRelease(student, router, held_out, Ahead.read(files), Refused.read(files))
+    return PastRelease(student, router, held_out, Ahead.read(files), Refused.read(files), taught)
 
 
 def redoable(

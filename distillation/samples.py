@@ -12,7 +12,9 @@ import numpy as np
 from distillation.dataset import Dataset, Row, build_dataset
 from distillation.judgement import Floats, Judgement, Sample, judge
 from distillation.past import Past, PastRelease, Redone, propensity_of, read_past, redoable
+from distillation.split import Split
 from serving.agreement import Comparison
+from serving.engines import Engines
 from serving.errors import UnderstudyError
 from serving.exchange import Exchange, Json
 from serving.recording import Recorded, Recording
@@ -32,24 +34,31 @@ class Labelled:
     weights: Floats
 
 
-class LinearSource:
-    """Labels for a release of the kind `linear`, by what its student sees."""
+class ClosedSource:
+    """Labels for a release whose student lies in it and knows its answers, by what that student sees."""
 
-    def __init__(self, store: ReleaseStore, task: str, name: str, comparing: Comparison) -> None:
-        self.past = read_past(store, task, name)
+    def __init__(
+        self, store: ReleaseStore, task: str, name: str, comparing: Comparison, engines: Engines
+    ) -> None:
+        self._engines = engines
+        self.past = read_past(store, task, name, engines)
         self._store = store
         self._task = task
+        self._name = name
         self._comparing = comparing
 
     def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
-        """What of the log this release can be judged on."""
-        return build_dataset(exchanges, self._comparing, self.past.student.sees)
+        """What of the log this release can be judged on: nothing that may have trained it, nor those before it."""
+        met = {exchange.release for exchange in exchanges}
+        judges = Split.after(self._task, self._store, {*met, self._name}).judges
+        return build_dataset(exchanges, self._comparing, self.past.student.sees, judges=judges)
 
     def redo(
         self, dataset: Dataset, exchanges: Sequence[Exchange], note: Callable[[str], None]
     ) -> tuple[Past, Mapping[str, Past]]:
         """The release, and those that the dataset's traffic met as far as they can be read; `note` hears of others."""
-        return self.past, redoable(partial(read_past, self._store, self._task), self._task, dataset, note)[0]
+        read = partial(read_past, self._store, self._task, engines=self._engines)
+        return self.past, redoable(read, self._task, dataset, note)[0]
 
 
 class LabelSource(Protocol):

@@ -33,6 +33,7 @@ from distillation.served_release import (
     stopping,
     student_id,
 )
+from distillation.split import Split
 from routers.foresight_fit import Stakes
 from routers.meter import TokenMeter
 from routers.router import Router
@@ -82,7 +83,8 @@ class ServedKind:
 
     def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
         """Rows by what the student supports, after the time until which it was trained."""
-        return dataset_of(exchanges, self._policy)
+        split = Split.of(self._policy, self._store, exchanges)
+        return dataset_of(exchanges, self._policy, split.judges)
 
     def prepare(
         self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress

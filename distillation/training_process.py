@@ -27,7 +27,7 @@ import orjson
 
 from serving.errors import UnderstudyError
 from serving.exchange import Json
-from serving.layout import task_directory
+from serving.layout import training_directory
 from serving.settings import LearningSettings
 
 _NICENESS = 10
@@ -46,7 +46,7 @@ def training_folder(state_dir: Path, task: str) -> Iterator[Path]:
 
     It is empty, whatever a process that was killed has left in it, and gone afterwards. Raises OSError.
     """
-    folder = task_directory(state_dir, task) / "training"
+    folder = training_directory(state_dir, task)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,8 +29,15 @@ from serving.errors import DamagedRelease, UnknownRelease
 from serving.events import EVENT_ID, decode
 from serving.exchange import Json
 from serving.forgotten import read_forgotten, write_forgotten
-from serving.layout import task_directory, task_names
-from serving.releases import CANDIDATE_FILE, HELD_OUT_FILE, REFUSED_FILE, SKIPPED_FILE, ReleaseStore
+from serving.layout import task_directory, task_names, training_directory
+from serving.releases import (
+    CANDIDATE_FILE,
+    HELD_OUT_FILE,
+    REFUSED_FILE,
+    SKIPPED_FILE,
+    TAUGHT_FILE,
+    ReleaseStore,
+)
 from serving.removed import clear_unfinished, read_removed, removing_alone, unfinished, write_removed
 from serving.segment_digest import DIGEST_SUFFIX, audited_release
 from serving.segments import OPEN_SUFFIX, events_directory, seal_abandoned, segment_lines, segment_paths
@@ -246,7 +254,7 @@ class _Forgetting:
                     release = store.read(task, name)
                     remembered = {
                         file: orjson.loads(release.files[file])
-                        for file in (HELD_OUT_FILE, SKIPPED_FILE, REFUSED_FILE)
+                        for file in (HELD_OUT_FILE, SKIPPED_FILE, REFUSED_FILE, TAUGHT_FILE)
                         if file in release.files
                     }
                     fitted = {id for rows in remembered.values() for id in rows if id in ids}
@@ -273,6 +281,9 @@ class _Forgetting:
         for task, erased in self.erasure.tasks.items():
             ids = set(self._ids.get(task, ()))
             erased.student_answers += erase_answers(self._state_dir, task, ids, self._disk, change=change)
+            if change:
+                # Copies of texts: fine-tuning works on them, which fails for that and says so, or was killed.
+                shutil.rmtree(training_directory(self._state_dir, task), ignore_errors=True)
 
     def _take(self, task: str, line: bytes) -> bool:
         """Note an exchange of theirs, or a damaged line that may be; False if the line is neither."""

@@ -33,6 +33,11 @@ def task_directory(state_dir: Path, task: str) -> Path:
     return state_dir / "tasks" / task
 
 
+def training_directory(state_dir: Path, task: str) -> Path:
+    """Where fine-tuning keeps what it needs in between, texts of the log among it. Raises UnknownTask."""
+    return task_directory(state_dir, task) / "training"
+
+
 def task_names(state_dir: Path) -> list[str]:
     """The names of all tasks that have a directory, sorted. What isn't named like a task is ignored."""
     try:

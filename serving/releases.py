@@ -40,6 +40,9 @@ SKIPPED_FILE = "skipped.json"
 REFUSED_FILE = "refused.json"
 """The same for those whose answers it would have vetoed by the labels of others."""
 
+TAUGHT_FILE = "taught.json"
+"""The file of a release that names, by their ids, the exchanges that trained a student which they don't judge."""
+
 _CARD = "card.json"
 _FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)*[A-Za-z0-9_][A-Za-z0-9._-]*")
 _TEMPORARY = ".writing-"

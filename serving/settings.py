@@ -396,9 +396,10 @@ class ObserveSettings(Section):
 
 _OF_EVERY_STUDENT = {"kind", "skip", "skip_at_most", "usd_per_hour"}
 _OF_SERVED_STUDENTS = {"base_url", "model", "api_key_env", "timeout_s", "trained_until"}
+_OF_FINE_TUNED_STUDENTS = {"base", "precision", "train_share"}
 _OF_ONE_STUDENT: Mapping[str, set[str]] = {
     "linear": {"sees", "features", "embedder"},
-    "encoder": {"sees", *_OF_SERVED_STUDENTS},
+    "encoder": {"sees", *_OF_FINE_TUNED_STUDENTS, *_OF_SERVED_STUDENTS},
     "lm": {
         "adapter",
         "hedge",
@@ -425,6 +426,18 @@ class StudentChoice(Section):
     features: Literal["tfidf", "embedding"] = Field("tfidf", description="of `linear`: what it is fitted to")
     embedder: Path | None = Field(
         None, description="of `linear` over embeddings: the folder of a sentence encoder"
+    )
+    base: Path | None = Field(
+        None, description="of `encoder`: the folder of the Hugging Face encoder to fine-tune"
+    )
+    precision: Literal["fp32", "int8"] = Field(
+        "fp32", description="of `encoder`, fine-tuned: int8 is smaller and faster, and a student of its own"
+    )
+    train_share: float = Field(
+        0.6,
+        ge=0.1,
+        le=0.9,
+        description="of `encoder`, fine-tuned: the share of exchanges that trains it; the others judge it, for ever",
     )
     hedge: bool = Field(
         False, description="of `lm`: whether the teacher starts beside it where an escalation is foreseen"
@@ -500,12 +513,22 @@ class StudentChoice(Section):
     def _fits_its_kind(self) -> Self:
         if self.served:
             if not self.model:
+                or_base = "; or base, the folder of one to fine-tune" if self.kind == "encoder" else ""
                 raise ValueError(
                     f'a student of kind "{self.kind}" needs model, its name where it is served, and base_url, which '
-                    "says where, unless student.vllm does"
+                    f"says where, unless student.vllm does{or_base}"
                 )
             if self.base_url is None and self.api_key_env is not None:
                 raise ValueError("api_key_env is the key of base_url: name that, too")
+        if self.kind == "encoder":
+            foreign = self.model_fields_set & (
+                _OF_FINE_TUNED_STUDENTS if self.served else _OF_SERVED_STUDENTS
+            )
+            if foreign:
+                raise ValueError(
+                    "an encoder is fine-tuned here (base) or served elsewhere (model, base_url): "
+                    f"{', '.join(sorted(foreign))} is for the other"
+                )
         if self.price is not None and self.usd_per_hour is not None:
             raise ValueError(
                 "a student is paid by its tokens (price) or by the hour (usd_per_hour), not both"
@@ -530,7 +553,7 @@ class StudentChoice(Section):
     @property
     def served(self) -> bool:
         """Whether its model is given, and served elsewhere."""
-        return self.kind != "linear"
+        return self.kind != "linear" and self.base is None
 
 
 class AgreementChoice(Section):

@@ -35,6 +35,25 @@ class ErasedMeanwhile(UnderstudyError):
     """Something of the task was erased from the log while its student was asked about it."""
 
 
+class ErasureStamp:
+    """Notices what `forget` erases of a task from now on. Make it before the log is read."""
+
+    def __init__(self, state_dir: Path, task: str, *, disk: Disk | None = None) -> None:
+        self._task = task
+        self._directory = _directory_of(state_dir, task)
+        (disk or Disk()).make_directory(self._directory)
+        with _locked(self._directory):
+            self._stamp = _stamp(self._directory)
+
+    def check(self) -> None:
+        """Raise ErasedMeanwhile if anything was: what was read since may be that."""
+        with _locked(self._directory):
+            if _stamp(self._directory) != self._stamp:
+                raise ErasedMeanwhile(
+                    f"something was erased from the log of task {self._task} while it was learned; learn again"
+                )
+
+
 class StudentAnswers:
     """The answers of one student of one task. One process writes at a time: whoever learns the task.
 

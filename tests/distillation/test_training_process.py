@@ -1,0 +1,180 @@
+"""Scripts that train, as processes of their own: real ones, without torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distillation.training_process import TrainingFailed, run_script, training_folder
+from serving.settings import LearningSettings
+
+ENDS_WITH_PARENT = """
+import os, threading
+def end():
+    while os.read(0, 1):
+        pass
+    os._exit(3)
+threading.Thread(target=end, daemon=True).start()
+"""
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run a script of this text on a job; gives what it came to."""
+
+    def start(text: str, job: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+        script = tmp_path / "script.py"
+        script.write_text(ENDS_WITH_PARENT + text)
+        with training_folder(tmp_path / "state", "intents") as folder:
+            return run_script(
+                script,
+                job or {},
+                LearningSettings(**{"python": sys.executable, **changes}),
+                folder,
+                changes.pop("progress", lambda _: None),
+            )
+
+    return start
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, "it didn't happen within 60 s"
+        time.sleep(0.02)
+
+
+def test_it_says_how_far_it_is_and_what_it_came_to(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys\n"
+        "job = json.load(open(sys.argv[1]))\n"
+        "print('a library talks')\n"
+        "print(json.dumps(['and', 'knows JSON']))\n"
+        "for number in range(job['steps']): print(json.dumps({'progress': {'step': number}}), flush=True)\n"
+        "print(json.dumps({'done': {'text': job['text']}}))\n"
+    )
+    heard: list[dict[str, Any]] = []
+    with training_folder(tmp_path, "intents") as folder:
+        job = {"steps": 2, "text": "Überweisung"}
+        done = run_script(script, job, LearningSettings(), folder, heard.append)
+    assert done == {"text": "Überweisung"}
+    assert heard == [{"step": 0}, {"step": 1}]
+
+
+def test_nothing_of_ours_leads_in_and_nothing_is_fetched(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    done = run(
+        "import json, os, sys\n"
+        "seen = {name: os.environ.get(name) for name in "
+        "('PYTHONPATH', 'HF_HUB_OFFLINE', 'OMP_NUM_THREADS')}\n"
+        "print(json.dumps({'done': {**seen, 'nice': os.nice(0), 'path': sys.path}}))\n",
+        threads=3,
+    )
+    assert done["PYTHONPATH"] is None
+    assert (done["HF_HUB_OFFLINE"], done["OMP_NUM_THREADS"]) == ("1", "3")
+    assert done["nice"] >= 10
+    assert str(Path(__file__).parents[2]) not in done["path"]
+
+
+def test_a_missing_module_says_where_and_what_to_do(run: Run) -> None:
+    with pytest.raises(TrainingFailed) as failed:
+        run('print(\'{"missing": "torch"}\'); raise SystemExit(2)')
+    assert str(failed.value) == (
+        f"{sys.executable} has no module torch: run `pip install 'understudy[train]'` there, or set "
+        "learning.python to a Python that has it"
+    )
+
+
+def test_a_python_that_isnt_there(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(
+        TrainingFailed, match=r"nowhere can't be run \(No such file or directory\): set learning\.python"
+    ):
+        run("", python=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("print('{\"error\": \"the base is odd\"}'); raise SystemExit(2)", "^the base is odd$"),
+        ("raise ValueError('odd')", r"^script\.py ended with code 1: .*\| ValueError: odd$"),
+        ("pass", r"^script\.py ended with code 0$"),
+        ("print('{\"done\": {}}'); raise SystemExit(1)", r"^script\.py ended with code 1$"),
+        ("print('{\"done\": ')", r"^script\.py ended with code 0$"),
+        ("os.kill(os.getpid(), 9)", r"^script\.py was killed, as the system does when memory runs out$"),
+        ("os.kill(os.getpid(), 15)", r"^script\.py was ended by signal 15$"),
+    ],
+)  # fmt: skip
+def test_what_fails_says_why(run: Run, text: str, said: str) -> None:
+    with pytest.raises(TrainingFailed, match=said):
+        run(text)
+
+
+def test_much_that_is_said_beside_blocks_nobody(run: Run) -> None:
+    done = run(
+        "import sys\nsys.stderr.write('x' * 10_000_000)\nprint('y' * 1_000_000)\nprint('{\"done\": {}}')\n"
+    )
+    assert done == {}
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
+def test_it_ends_with_us(tmp_path: Path, by: signal.Signals) -> None:
+    script, pid = tmp_path / "script.py", tmp_path / "pid"
+    script.write_text(
+        f"{ENDS_WITH_PARENT}\n"
+        f"from pathlib import Path\nPath({str(pid)!r}).write_text(str(os.getpid()))\n"
+        "import time; time.sleep(600)\n"
+    )
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from pathlib import Path\n"
+            "from distillation.training_process import run_script, training_folder\n"
+            "from serving.settings import LearningSettings\n"
+            f"with training_folder(Path({str(tmp_path / 'state')!r}), 'intents') as folder:\n"
+            f"    run_script(Path({str(script)!r}), {{}}, LearningSettings(), folder, print)\n",
+        ],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    try:
+        until(lambda: pid.exists() and bool(pid.read_text()))
+    finally:
+        parent.send_signal(by)
+        parent.wait(timeout=60)
+    child = Path(f"/proc/{pid.read_text()}")
+    until(lambda: not child.exists() or "State:\tZ" in (child / "status").read_text())
+    left = tmp_path / "state" / "tasks" / "intents" / "training"
+    assert (left / "job.json").exists(), "it had no time to clear up"
+    with training_folder(tmp_path / "state", "intents") as folder:
+        assert folder == left
+        assert list(folder.iterdir()) == []
+    assert not left.exists()
+
+
+def test_a_training_that_is_broken_off_ends_its_process(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, time\nprint(json.dumps({'progress': {'pid': os.getpid()}}), flush=True)\ntime.sleep(600)\n"
+    )
+    heard: list[int] = []
+
+    def enough(said: dict[str, Any]) -> None:
+        heard.append(said["pid"])
+        raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), training_folder(tmp_path, "intents") as folder:
+        run_script(script, {}, LearningSettings(), folder, enough)
+    assert time.monotonic() - began < 300
+    assert not Path(f"/proc/{heard[0]}").exists()
