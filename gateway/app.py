@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from gateway import names
 from gateway.admin import Readiness, create_admin
 from gateway.auth import AdminGate
+from gateway.chat import ChatEndpoint
 from gateway.client import Client, request_id_of
 from gateway.envelope import internal_error, stopping
 from gateway.keeper import Keeper
@@ -32,6 +33,7 @@ from gateway.parts import (
     make_parts,
     make_tasks,
 )
+from gateway.passthrough import Passthrough
 from gateway.reload import Generation, reloadable
 from gateway.watcher import Watcher
 from serving.disk import Disk
@@ -133,24 +135,18 @@ class Gateway:
             await client.turn_away(refusal)
             return
         try:
-            await self._observed(parts, client)
+            if parts.tracing is None:
+                await self._serve(parts, endpoint, client)
+            else:
+                with parts.tracing.request(client):
+                    await self._serve(parts, endpoint, client)
         finally:
             parts.admission.leave(held)
 
-    async def _observed(self, parts: Parts, client: Client) -> None:
-        if parts.tracing is None:
-            await self._serve(parts, client)
-        else:
-            with parts.tracing.request(client):
-                await self._serve(parts, client)
-
     @staticmethod
-    async def _serve(parts: Parts, client: Client) -> None:
+    async def _serve(parts: Parts, endpoint: ChatEndpoint | Passthrough, client: Client) -> None:
         try:
-            if _is_chat(client):
-                await parts.chat(client)
-            else:
-                await parts.passthrough(client)
+            await endpoint(client)
         except asyncio.CancelledError:
             # By the server alone, whose grace is over: a client that goes away cancels what is done for it.
             await client.break_off(stopping())
