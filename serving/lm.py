@@ -24,7 +24,7 @@ from serving.pool_adapters import PoolAdapterLoading
 from serving.sampled_stream import SampledStream
 from serving.server_record import Asking, ServerRecord
 from serving.student import StudentStream
-from serving.student_server import Served
+from serving.student_server import Served, StudentBroken
 from serving.tally import Metering, Tally
 from serving.upstream import UpstreamResponse
 
@@ -149,6 +149,7 @@ class LmStudent:
             plan=self.plan,
             limit=self._limit(request),
             record=self.record,
+            refused=lambda error: self._refused(request, error),
             device=self._server.device,
         )
         return stream
@@ -168,13 +169,17 @@ class LmStudent:
             except UpstreamRefused as error:
                 instead = asking.instead(error)
                 if instead is None:
-                    self.record.refuse(request, error)
-                    raise self._server.refusal(error) from None
+                    raise self._refused(request, error) from None
                 asking = instead
             else:
                 if asking != usual:
                     self.record.asking = asking
                 return response
+
+    def _refused(self, request: Json, error: UpstreamRefused) -> StudentBroken:
+        """Take note of a refusal; return the error that it is."""
+        self.record.refuse(request, error)
+        return self._server.refusal(error)
 
     async def _sent(self, asked: Json) -> UpstreamResponse:
         """Send a body; a server that was started anew has lost the adapter, and loads it before it is asked again."""

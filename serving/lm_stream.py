@@ -14,10 +14,10 @@ from serving.answer_events import AnswerEvents
 from serving.assembler import Assembler
 from serving.chat import chunks
 from serving.device_time import DeviceTime, Share
-from serving.errors import UpstreamError
+from serving.errors import UpstreamError, UpstreamRefused
 from serving.estimate import unfinished_usage
 from serving.exchange import Json, StudentAnswer
-from serving.failed_answer import error_in
+from serving.failed_answer import error_in, failure_of
 from serving.lm_plan import LmPlan
 from serving.logprobs import alternatives_in, hide_logprobs, without_logprobs
 from serving.mending import Mender
@@ -40,7 +40,8 @@ _LEAST_BYTES = 1024 * 1024
 class LmStream:
     """Gives the pieces of one answer to `request`; `ask` sends it, when the iteration begins. See `StudentStream`.
 
-    `limit` is how many tokens are allowed, `device` measures what the server works, `record` is told what it gives.
+    `limit` is how many tokens are allowed, `device` measures what the server works, `record` is told what it gives,
+    `refused` what it won't have, and says which error that is.
     Iterating raises UpstreamBroken (StudentBroken among them) or UpstreamTimeout.
     """
 
@@ -53,9 +54,11 @@ class LmStream:
         plan: LmPlan,
         limit: int,
         record: ServerRecord,
+        refused: Callable[[UpstreamRefused], StudentBroken],
         device: DeviceTime,
     ) -> None:
         self._record = record
+        self._refused = refused
         self._alternatives: int | None = None
         self.plan: CommitPlan = plan
         self._device = device
@@ -97,7 +100,7 @@ class LmStream:
             if event is None:
                 self._end(done=self._events.done)
             else:
-                self._take(_read(event))
+                self._take(self._sound(event))
         return self._ready.popleft()
 
     def answer(self) -> StudentAnswer:
@@ -145,6 +148,17 @@ class LmStream:
                 f"the student's answer is longer than {self._most_bytes} bytes, where max_tokens is {self._limit}"
             )
         return piece
+
+    def _sound(self, event: bytes) -> Json:
+        """What an event holds, if that is no error."""
+        data = _read(event)
+        error = error_in(data) if b"error" in event else None
+        if error is None:
+            return data
+        if self._tally.tokens == 0:
+            # vLLM finds out that it can't keep to a schema when the stream has begun.
+            raise self._refused(failure_of(error, []))
+        raise StudentBroken("the student reported an error in the middle of its stream")
 
     def _take(self, data: Json) -> None:
         try:
@@ -218,6 +232,4 @@ def _read(event: bytes) -> Json:
         ) from None
     if not isinstance(data, dict):
         raise StudentBroken("the student's stream holds an event that isn't a JSON object")
-    if b"error" in event and error_in(data) is not None:
-        raise StudentBroken("the student reported an error in the middle of its stream")
     return data

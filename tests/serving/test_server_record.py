@@ -220,6 +220,28 @@ def test_whatever_clients_ask_for_the_record_stays_small() -> None:
     assert len(record.refused) == 2
 
 
+def test_a_refusal_that_comes_as_the_first_event_of_a_stream_is_one(serve: Start) -> None:
+    said = {"error": {"message": "response_format: Grammar error", "type": "BadRequestError", "code": 400}}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            kind = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": kind})
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": b"data: " + json.dumps(said).encode() + b"\n\ndata: [DONE]\n\n",
+                }
+            )
+
+    asked = LmStudent.of(LmPlan(base_url=f"{serve(app)}/v1", model="small"), TokenMeter)
+    in_form = {**ASKED, "response_format": {"type": "json_schema"}}
+    (refused,) = outcomes(asked, in_form)
+    assert isinstance(refused, StudentRefused)
+    assert "status 400" in str(refused)
+    assert asked.unsupported(in_form) == "refused"
+
+
 def test_a_server_in_trouble_has_refused_nothing() -> None:
     record = ServerRecord()
     record.refuse({**ASKED, "tools": TOOLS}, UpstreamRefused(503, {}, NO_PARSER.encode()))

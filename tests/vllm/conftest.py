@@ -224,6 +224,7 @@ def _ours(name: str, request: pytest.FixtureRequest, folder: Path) -> RunningVll
     if name == "vllm":
         model, weights = "tiny", models.lm
         options = ["--max-model-len", "1024", "--enable-lora", "--max-loras", "4", "--max-lora-rank", "16"]
+        options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     else:
         model, weights = "tiny-classifier", models.classifier
         options = ["--runner", "pooling"]
