@@ -64,7 +64,7 @@ class TextModel:
         remember: int = 0,
     ) -> None:
         # Only where it is asked to: what remembers holds itself, and goes when the garbage is collected.
-        self._numbers = lru_cache(remember)(self._read_one) if remember else self._read_one
+        self._remembered = lru_cache(remember)(self._read_one) if remember else None
         self._tokenizer = _read_tokenizer(tokenizer)
         self._session = _read_model(model, providers, threads)
         self._inputs, said = _described(self._session)
@@ -108,7 +108,7 @@ class TextModel:
 
     def numbers(self, text: str) -> Floats:
         """The numbers of one text, float32[k]: the same as are served. To be read only. Raises TextTooLong."""
-        return self._numbers(text)
+        return self._read_one(text) if self._remembered is None else self._remembered(text)
 
     def _read_one(self, text: str) -> Floats:
         one: Floats = self.read([self.tokens(text)])[0]
@@ -193,6 +193,8 @@ def _read_model(data: bytes, providers: Sequence[str], threads: int) -> onnxrunt
         raise DamagedRelease(
             f"ONNX Runtime {onnxruntime.__version__} can't load model.onnx: {_line(error)}"
         ) from error
+    # It would hold the file beside what it made of it, to begin anew where a provider fails; that isn't wanted here.
+    session._model_bytes = None
     silent = [name for name in providers if name not in session.get_providers()]
     if silent:
         raise ConfigError(
