@@ -47,6 +47,7 @@ from serving.classify_plan import ClassifyPlan
 from serving.engines import Engines
 from serving.errors import DamagedRelease, UnknownRelease, UpstreamError
 from serving.exchange import Exchange, Json, StudentAnswer
+from serving.guarded_student import StudentUnavailable
 from serving.pool import Pool
 from serving.redaction import Redactor
 from serving.releases import Release, ReleaseStore
@@ -242,7 +243,7 @@ class ServedKind:
             if self._adapter is not None:
                 self._shelf.put(self._adapter)
             await student.prepare()
-        except (AdapterNotLoaded, UpstreamError, OSError) as error:
+        except (AdapterNotLoaded, StudentUnavailable, UpstreamError, OSError) as error:
             raise StudentSilent(str(error)) from error
 
     def close(self) -> None:

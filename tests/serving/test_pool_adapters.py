@@ -1,0 +1,131 @@
+"""An adapter at every server of a pool, and forgotten there when no live release needs it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.adapter_loading import AdapterNotLoaded
+from serving.adapter_shelf import AdapterShelf, Loaded
+from serving.adapter_tidying import tidy
+from serving.guarded_student import StudentUnavailable
+from serving.pool import Pool
+from serving.pool_adapters import PoolAdapterLoading
+from serving.settings import VllmSettings
+from serving.vllm_place import VllmPlace, lock_file, write_place
+
+Serve = Callable[..., str]
+NAME = "understudy-0123456789ab"
+
+
+class Server:
+    """Loads and unloads adapters for whoever has the key."""
+
+    def __init__(self, serve: Serve, *, key: str = "") -> None:
+        self.adapters: set[str] = set()
+        self.loads = 0
+        self.refuses = False
+        self._key = key
+        self.url = serve(self)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        raw, more = b"", True
+        while more:
+            message = await receive()
+            raw, more = raw + message.get("body", b""), message.get("more_body", False)
+        headers = dict(scope["headers"])
+        status, said = 200, ""
+        if scope["path"].startswith("/v1") and headers.get(b"authorization", b"").decode() != self._key:
+            status = 401
+        elif scope["path"] == "/v1/models":
+            said = json.dumps({"data": [{"id": name} for name in ["base", *self.adapters]]})
+        elif scope["path"] == "/v1/load_lora_adapter" and self.refuses:
+            status = 400
+        elif scope["path"] == "/v1/load_lora_adapter":
+            self.loads += 1
+            self.adapters.add(json.loads(raw)["lora_name"])
+        elif scope["path"] == "/v1/unload_lora_adapter":
+            self.adapters.remove(json.loads(raw)["lora_name"])
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": said.encode()})
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> AdapterShelf:
+    (tmp_path / "adapters" / NAME).mkdir(parents=True)
+    return AdapterShelf(tmp_path)
+
+
+def test_each_server_loads_it_once(serve: Serve, tmp_path: Path, shelf: AdapterShelf) -> None:
+    servers = [Server(serve), Server(serve)]
+
+    async def play() -> None:
+        pool = Pool(tmp_path, VllmSettings(urls=[f"{server.url}/v1" for server in servers]))
+        loading = PoolAdapterLoading(NAME, pool, shelf)
+        try:
+            await asyncio.gather(loading.load(), loading.load())
+            assert [server.loads for server in servers] == [1, 1]
+            assert set(shelf.servers(NAME)) == {Loaded(f"{server.url}/v1", None) for server in servers}
+            servers[1].adapters.clear()  # it was started anew
+            servers[1].refuses = True
+            with pytest.raises(AdapterNotLoaded):
+                await loading.load()
+            servers[1].refuses = False
+            await loading.load()
+            assert [server.loads for server in servers] == [1, 2]
+            assert await tidy(tmp_path, shelf, [NAME]) == [NAME]
+            assert [server.adapters for server in servers] == [set(), set()]
+        finally:
+            await loading.aclose()
+            await pool.aclose()
+
+    asyncio.run(play())
+
+
+def test_the_one_run_here_is_found_again_to_unload(serve: Serve, tmp_path: Path, shelf: AdapterShelf) -> None:
+    first, second = Server(serve, key="Bearer k1"), Server(serve, key="Bearer k2")
+
+    async def play() -> None:
+        pool = Pool(tmp_path, VllmSettings(model="base", enable_lora=True))
+        loading = PoolAdapterLoading(NAME, pool, shelf)
+        try:
+            await loading.load()
+            assert first.adapters == {NAME}
+            # It has ended and was started elsewhere, with another key; there the adapter is loaded, too.
+            write_place(tmp_path, VllmPlace("ready", second.url, "k2", "base", 1))
+            second.adapters.add(NAME)
+            assert await tidy(tmp_path, shelf, [NAME]) == [NAME]
+            assert second.adapters == set()
+        finally:
+            await loading.aclose()
+            await pool.aclose()
+
+    lock = lock_file(tmp_path)
+    assert lock is not None
+    with lock:
+        write_place(tmp_path, VllmPlace("ready", first.url, "k1", "base"))
+        asyncio.run(play())
+
+
+def test_one_that_has_ended_has_forgotten(tmp_path: Path, shelf: AdapterShelf) -> None:
+    shelf.note(NAME, Loaded("vllm", None))
+    assert asyncio.run(tidy(tmp_path, shelf, [NAME])) == [NAME]
+
+
+def test_without_a_server_nothing_is_loaded(tmp_path: Path, shelf: AdapterShelf) -> None:
+    async def play() -> None:
+        pool = Pool(tmp_path, VllmSettings(model="base"))
+        try:
+            with pytest.raises(StudentUnavailable):
+                await PoolAdapterLoading(NAME, pool, shelf).load()
+        finally:
+            await pool.aclose()
+
+    asyncio.run(play())
