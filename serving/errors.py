@@ -22,6 +22,7 @@ UnderstudyError
 ├── ProbeFailed            its measurement ended without a result (loadtest/students/probe.py)
 ├── AdapterNotLoaded       a server doesn't serve an adapter (serving/adapter_loading.py)
 ├── UnfitEmbedder          a folder holds no sentence encoder that can be used (serving/embedder_folder.py)
+├── UnfitBase              a folder holds no encoder that can be fine-tuned (serving/encoder_base.py)
 ├── TrainingFailed         a child that trains or exports ended badly (distillation/training_process.py)
 ├── NoServer               a vLLM to measure isn't there (loadtest/students/vllm_server.py)
 ├── StudentUnavailable     a student took too long or is left alone (serving/guarded_student.py)
