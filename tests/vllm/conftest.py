@@ -29,10 +29,21 @@ from loadtest.tiny_models import Recipe, trained
 CHECKOUT = Path(__file__).parents[2]
 PROMPT = CHECKOUT / "examples" / "system_prompt.txt"
 REPLY_PROMPT = Path(__file__).with_name("reply_prompt.txt")
-PATIENCE_S = 420.0
+START_S = 420.0
+PATIENCE_S = 90.0
 
 # When whoever holds the other end of its stdin is gone, however that came, the group of processes goes too.
-_GUARD = "import os, sys; sys.stdin.buffer.read(); os.killpg(int(sys.argv[1]), 9)"
+_GUARD = """\
+import contextlib, os, sys
+sys.stdin.buffer.read()
+with contextlib.suppress(ProcessLookupError):
+    os.killpg(int(sys.argv[1]), 9)
+"""
+
+_WARM_UP: dict[str, dict[str, Any]] = {
+    "vllm": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "logprobs": True},
+    "vllm_pooling": {"input": "Hello"},
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,6 +72,7 @@ class RunningVllm:
     url: str
     model: str
     folder: Path
+    warm_up: dict[str, Any]
     log: Path | None = None
     command: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
@@ -86,16 +98,18 @@ class RunningVllm:
         guard = [sys.executable, "-c", _GUARD, str(self.process.pid)]
         self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
 
-    def wait(self, warm_up: Callable[[RunningVllm], None]) -> None:
+    def wait(self) -> None:
         """Wait until it is ready and has answered once: the first answer takes seconds."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + START_S
         while not self.answers():
             if self.process is not None and self.process.poll() is not None:
                 pytest.fail(f"vLLM ended instead of starting:\n{self.said()}")
             if time.monotonic() > deadline:
-                pytest.fail(f"vLLM wasn't ready within {PATIENCE_S:.0f} s:\n{self.said()}")
+                pytest.fail(f"vLLM wasn't ready within {START_S:.0f} s:\n{self.said()}")
             time.sleep(0.25)
-        warm_up(self)
+        path = "/v1/chat/completions" if "messages" in self.warm_up else "/classify"
+        answer = self.post(path, {"model": self.model, **self.warm_up})
+        assert answer.status_code == 200, f"{answer.text}\n{self.said()}"
 
     def answers(self) -> bool:
         """Whether it is there."""
@@ -107,12 +121,14 @@ class RunningVllm:
         """Ask it directly."""
         return httpx.post(f"{self.url}{path}", json=body, timeout=PATIENCE_S)
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric of its own."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
-        return sum(
-            float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} "))
-        )
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels, as the server counts."""
+        total = 0.0
+        for line in httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines():
+            series, _, value = line.rpartition(" ")
+            if series.partition("{")[0] == name and all(f'{k}="{v}"' in series for k, v in labels.items()):
+                total += float(value)
+        return total
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the server and all of its children. Skips the test where the server isn't ours."""
@@ -122,15 +138,15 @@ class RunningVllm:
             os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
-        """End it as the kernel does when memory is short, and wait until nothing of it is left."""
+        """End it as the kernel does when memory is short; nothing of it is left then. Skips if it isn't ours."""
         self.signal(signal.SIGKILL)
-        assert self.process is not None
-        self.process.wait(30)
+        self.close()
 
     def close(self) -> None:
-        """End it and its children, if it is ours."""
+        """End it and its children, if it is ours and there."""
         if self._guard is not None:
             self._guard.communicate(timeout=30)
+            self._guard = None
         if self.process is not None:
             self.process.wait(30)
 
@@ -213,7 +229,7 @@ def _another(name: str) -> RunningVllm | None:
     if not url:
         return None
     served = httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]
-    return RunningVllm(url, served["id"], Path(served["root"]))
+    return RunningVllm(url, served["id"], Path(served["root"]), _WARM_UP[name])
 
 
 def _ours(name: str, request: pytest.FixtureRequest, folder: Path) -> RunningVllm:
@@ -240,36 +256,44 @@ def _ours(name: str, request: pytest.FixtureRequest, folder: Path) -> RunningVll
         "16",
     ]
     command = (*server, *what, "--enforce-eager", *options)
-    return RunningVllm(f"http://127.0.0.1:{port}", model, weights, folder / "log.txt", command)
+    return RunningVllm(
+        f"http://127.0.0.1:{port}", model, weights, _WARM_UP[name], folder / "log.txt", command
+    )
 
 
 @pytest.fixture(scope="session")
 def vllm(_servers: dict[str, RunningVllm]) -> RunningVllm:
     """A vLLM that writes: the demo's labels for the demo's prompt, and replies for that of `reply_prompt.txt`."""
     server = _servers["vllm"]
-    server.wait(_write)
+    server.wait()
     return server
+
+
+@pytest.fixture
+def revived(vllm: RunningVllm) -> RunningVllm:
+    """The same, started again if a test before ended it."""
+    if not vllm.answers():
+        vllm.start()
+        vllm.wait()
+    return vllm
+
+
+@pytest.fixture
+def patiently() -> Callable[[Callable[[], bool]], None]:
+    """Wait until something holds that takes a model on a busy machine; fail after a minute and a half."""
+
+    def wait(holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not holds():
+            assert time.monotonic() < deadline, f"it didn't happen within {PATIENCE_S:.0f} s"
+            time.sleep(0.05)
+
+    return wait
 
 
 @pytest.fixture(scope="session")
 def vllm_pooling(_servers: dict[str, RunningVllm]) -> RunningVllm:
     """A vLLM that sorts the demo's messages (`/classify`)."""
     server = _servers["vllm_pooling"]
-    server.wait(_sort)
+    server.wait()
     return server
-
-
-def _write(server: RunningVllm) -> None:
-    body = {
-        "model": server.model,
-        "messages": [{"role": "user", "content": "Hello"}],
-        "max_tokens": 4,
-        "logprobs": True,
-    }
-    answer = server.post("/v1/chat/completions", body)
-    assert answer.status_code == 200, f"{answer.text}\n{server.said()}"
-
-
-def _sort(server: RunningVllm) -> None:
-    answer = server.post("/classify", {"model": server.model, "input": "Hello"})
-    assert answer.status_code == 200, f"{answer.text}\n{server.said()}"
