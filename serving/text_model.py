@@ -193,8 +193,6 @@ def _read_model(data: bytes, providers: Sequence[str], threads: int) -> onnxrunt
         raise DamagedRelease(
             f"ONNX Runtime {onnxruntime.__version__} can't load model.onnx: {_line(error)}"
         ) from error
-    # It would hold the file beside what it made of it, to begin anew where a provider fails; that isn't wanted here.
-    session._model_bytes = None
     silent = [name for name in providers if name not in session.get_providers()]
     if silent:
         raise ConfigError(

@@ -47,13 +47,6 @@ class TestEngines:
         finally:
             gc.enable()
 
-    def test_a_model_doesnt_hold_its_file(self, files: Files) -> None:
-        data = bytes(bytearray(files["model.onnx"]))
-        before = sys.getrefcount(data)
-        model = Engines().text_model({**files, "model.onnx": data})
-        assert model.numbers("lost").tolist() == [3.0, 0.0]
-        assert sys.getrefcount(data) == before
-
     def test_who_asks_at_the_same_time_gets_the_same(self, files: Files) -> None:
         engines = Engines()
         with ThreadPoolExecutor(4) as threads:
