@@ -15,6 +15,7 @@ import orjson
 import pytest
 
 from distillation.learning import Lesson, learn
+from gateway.doctor_student import check_students
 from gateway.live import LiveReleases
 from gateway.metrics import Metrics
 from gateway.tasks import Tasks
@@ -66,6 +67,11 @@ class Lora:
         self.knows_its_models = True
         self.free = threading.Event()
         self.free.set()
+
+    def say(self, text: str) -> None:
+        """Know an answer to one more message, by whichever adapter."""
+        for answers in self._answers.values():
+            answers.append(Recorded(text, "yes", confidence=0.99))
 
     def start_anew(self) -> None:
         self.loaded = {}
@@ -432,3 +438,34 @@ def test_a_worker_has_time_to_leave_before_an_adapter_goes(lora: Lora, url: str,
 
     asyncio.run(run())
     assert lora.loaded == {}
+
+
+def test_the_doctor_says_what_of_an_adapter_is_there(lora: Lora, url: str, tmp_path: Path) -> None:
+    lora.say("Say yes.")
+    folder = save(tmp_path / "a", "parcels")
+    configured = settings(tmp_path / "state", url, {"parcels": folder})
+    name = Adapter.read(folder).name
+    (waiting,) = asyncio.run(check_students(configured))
+    assert (waiting.verdict, waiting.said.startswith("'base' answered in ")) == ("ok", True)
+    assert f"its adapter {name} is loaded by the first look" in waiting.said
+    assert lora.told == [], "the doctor changes nothing"
+    lora.load(name, folder)
+    (loaded,) = asyncio.run(check_students(configured))
+    assert (loaded.verdict, loaded.said.startswith(f"'{name}' answered in ")) == ("ok", True)
+    (folder / "adapter_config.json").unlink()
+    (broken,) = asyncio.run(check_students(configured))
+    assert broken.verdict == "problem"
+    assert "adapter_config.json can't be read" in broken.said
+
+
+def test_a_pool_without_servers_keeps_nothing_from_being_said(
+    write_log: Start, exchanges: Start, tmp_path: Path
+) -> None:
+    write_log(exchanges([one[:2] for one in rows("parcels")]), "parcels")
+    student = {"kind": "lm", "model": "base", "adapter": save(tmp_path / "a", "parcels")}
+    configured = Settings(
+        state_dir=tmp_path / "state",
+        student={"vllm": {"urls": ["http://127.0.0.1:9"]}},
+        task=[{"name": "parcels", "student": student}],
+    )
+    assert held(configured)
