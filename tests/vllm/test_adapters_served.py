@@ -127,6 +127,7 @@ def tidied(vllm: Any, tmp_path: Path) -> Iterator[None]:
         forget(vllm, name)
 
 
+@pytest.mark.timeout(1200)  # it waits for the adapters to be trained, too
 def test_one_server_is_the_student_of_two_tasks(
     vllm: Any,
     adapters: Adapters,
