@@ -23,7 +23,7 @@ TASK = "banking"
 TEACHER = "gpt-4"
 _FIRST = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 _CHARACTERS_A_TOKEN = 4
-_ROWS_AN_ANSWER = 30
+_ROWS_AN_ANSWER = 60
 
 
 class NoRecording(UnderstudyError):
