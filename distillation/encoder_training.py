@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 HELD_BACK = 0.1
-PATIENCE = 1
+PATIENCE = 2
 """So many epochs in a row that are no better end it."""
 
 _LEAST_HELD_BACK = 20

@@ -25,8 +25,8 @@ from serving.settings import Settings, TaskSettings
 
 EPOCHS = 4
 BATCH = 16
-LEARNING_RATE = 1e-4
-HEAD_LEARNING_RATE = 1e-3
+LEARNING_RATE = 5e-5
+HEAD_LEARNING_RATE = 2e-4
 LONGEST = 512
 """Tokens of a text that is learned from and answered; what is longer goes to the teacher."""
 

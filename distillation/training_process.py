@@ -62,7 +62,7 @@ def run_script(
 
     What the script writes beside that goes into `folder`, where it also runs. Raises TrainingFailed.
     """
-    python = sys.executable if settings.python is None else str(settings.python)
+    python = _python(settings.python)
     path, errors = folder / "job.json", folder / "stderr"
     path.write_bytes(orjson.dumps(job))
     try:
@@ -99,6 +99,16 @@ def run_script(
     if "error" in ended:
         raise TrainingFailed(str(ended["error"]))
     raise TrainingFailed(f"{script.name} {_ending(code)}{_last_words(errors)}")
+
+
+def _python(named: Path | None) -> str:
+    """The command that runs a script. A bare name is looked for in PATH; a path is seen from where we are.
+
+    Links are kept: by them a Python knows its environment.
+    """
+    if named is None:
+        return sys.executable
+    return str(named.absolute()) if named.name != str(named) else str(named)
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -22,7 +22,7 @@ from serving.releases import ReleaseStore
 Make = Callable[..., Any]
 PARCELS = Path(__file__).parents[1] / "examples" / "parcels.csv"
 ALPHA = 0.25
-WIDE, DEEP, PLACES = 64, 2, 48
+WIDE, DEEP, PLACES = 256, 2, 48
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,18 @@ def test_a_python_that_isnt_there(run: Run, tmp_path: Path) -> None:
         run("", python=tmp_path / "nowhere")
 
 
+def test_a_path_is_seen_from_here_and_a_name_in_path(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ours").symlink_to(sys.executable)
+    says = "print('{\"done\": {}}')"
+    assert run(says, python="bin/ours") == {}
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert run(says, python="ours") == {}
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

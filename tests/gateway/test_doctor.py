@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from gateway.doctor_local import check_configuration, check_disk
 from gateway.doctor_remote import check_redis
 from gateway.doctor_student import check_embedders, check_students
+from gateway.doctor_training import check_training
 from gateway.finding import Finding
 from serving.recording import Recorded, Recording
 from serving.settings import (
@@ -269,6 +270,40 @@ def test_the_folder_of_a_sentence_encoder(tmp_path: Path) -> None:
     for folder, said in ((tmp_path, "and no config.json, no tokenizer.json"), (tmp_path / "no", "no folder")):
         assert found(folder).verdict == "problem"
         assert said in found(folder).said
+
+
+def test_what_fine_tunes_encoders(tmp_path: Path) -> None:
+    def found(base: Path, python: Path | None) -> dict[str, list[str]]:
+        settings = Settings.model_validate(
+            {
+                "learning": {"python": python},
+                "task": [{"name": "a", "student": {"kind": "encoder", "base": base}}],
+            }
+        )
+        said: dict[str, list[str]] = {}
+        for finding in check_training(settings):
+            said.setdefault(finding.verdict, []).append(f"{finding.said} → {finding.advice}")
+        return said
+
+    assert check_training(Settings()) == []
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # a Python that has nothing
+    bare.chmod(0o755)
+    problems = found(tmp_path / "nowhere", bare)["problem"]
+    assert any("there is no folder" in said for said in problems)
+    assert any(
+        "has no torch, transformers, onnx, onnxruntime, tokenizers → run `pip install 'understudy[train]'`"
+        in said
+        for said in problems
+    )
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"weights")
+    well = found(folder, tmp_path / "gone")
+    assert f"{folder} can be fine-tuned → None" in well["ok"]
+    assert any("set learning.python to a Python that runs" in said for said in well["problem"])
 
 
 def test_the_command_asks_students(doctor: Start, stand_in: Start) -> None:

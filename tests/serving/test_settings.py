@@ -362,6 +362,18 @@ class TestStudents:
             ),
             ('{ features = "pixels" }', "student.features = 'pixels'"),
             ('{ kind = "encoder" }', 'a student of kind "encoder" needs model, its name where it is served'),
+            ('{ kind = "encoder" }', "or base, the folder of one to fine-tune"),
+            (
+                '{ kind = "encoder", base = "b", base_url = "http://x", model = "m" }',
+                "fine-tuned here (base) or served elsewhere (model, base_url): base_url, model is for the other",
+            ),
+            (
+                '{ kind = "encoder", base_url = "http://x", model = "m", precision = "int8" }',
+                "precision is for the",
+            ),
+            ('{ kind = "encoder", base = "b", precision = "int4" }', "precision = 'int4'"),
+            ('{ kind = "encoder", base = "b", train_share = 1.0 }', "train_share = 1.0"),
+            ('{ base = "b" }', 'of kind "linear" has no base: that is for students of kind "encoder"'),
             (
                 '{ kind = "encoder", base_url = "http://x/v1", model = "m", samples = 3 }',
                 'a student of kind "encoder" has no samples: that is for students of kind "lm"',

@@ -1,0 +1,118 @@
+"""Fine-tuning that can't be: what `understudy learn` says then, what it leaves, and that the next look works."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distillation.journal import LookJournal
+from distillation.learning import Lesson, learn
+from serving.releases import ReleaseStore
+from serving.settings import Settings
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def state(write_log: Make, exchanges: Make) -> Path:
+    """A log of which enough may judge."""
+    pairs = [
+        (f"where is my {thing} {i}", thing) for i in range(100) for thing in ("card", "parcel", "refund")
+    ]
+    written: Path = write_log(exchanges(pairs))
+    return written
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """What looks like an encoder as long as nobody loads it."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    (folder / "tokenizer.json").write_text("{}")
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    return folder
+
+
+def lesson(state: Path, base: Path, python: Path | None = None) -> Lesson:
+    settings = Settings.model_validate(
+        {
+            "state_dir": state,
+            "teacher": {"trainable": True},
+            "learning": {"python": python},
+            "task": [
+                {
+                    "name": "intents",
+                    "max_disagreement": 0.1,
+                    "student": {"kind": "encoder", "base": base, "train_share": 0.5},
+                }
+            ],
+        }
+    )
+    (found,) = learn(settings, "intents")
+    return found
+
+
+def nothing_is_left(state: Path) -> None:
+    assert not (state / "tasks" / "intents" / "training").exists()
+    assert ReleaseStore(state).list("intents") == []
+    assert LookJournal(state, "intents").past() == [], "no look was taken, so that none is spent"
+
+
+def python(folder: Path, does: str) -> Path:
+    """A Python that does something else than it is told."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_base_that_isnt_there(state: Path, tmp_path: Path) -> None:
+    found = lesson(state, tmp_path / "nowhere")
+    assert found.outcome == "held"
+    assert found.message.startswith(
+        f"no look was taken: student.base: there is no folder {tmp_path / 'nowhere'}"
+    )
+    nothing_is_left(state)
+
+
+def test_a_python_without_what_trains(state: Path, base: Path, tmp_path: Path) -> None:
+    bare = python(tmp_path, f'exec {sys.executable} -S "$@"')  # without its site-packages
+    found = lesson(state, base, bare)
+    assert found.outcome == "held"
+    assert found.message == (
+        f"no look was taken: {bare} has no module tokenizers: run `pip install 'understudy[train]'` there, or set "
+        "learning.python to a Python that has it"
+    )
+    nothing_is_left(state)
+
+
+def test_one_that_is_killed_in_the_middle(state: Path, base: Path, tmp_path: Path) -> None:
+    killed = python(
+        tmp_path, 'echo \'{"progress": {"epoch": 1, "epochs": 4, "loss": 1, "seconds_left": 9}}\'; kill -9 $$'
+    )
+    found = lesson(state, base, killed)
+    assert found.outcome == "held"
+    assert found.message == (
+        "no look was taken: encoder_training.py was killed, as the system does when memory runs out"
+    )
+    nothing_is_left(state)
+    linear = Settings.model_validate(
+        {"state_dir": state, "teacher": {"trainable": True}, "task_defaults": {"max_disagreement": 0.1}}
+    )
+    (again,) = learn(linear, "intents")
+    assert (again.outcome, again.labels) == ("released", 300), "the labels are all there"
+
+
+def test_a_damaged_base(state: Path, base: Path, torch_python: Path) -> None:
+    found = lesson(state, base, torch_python)
+    assert found.outcome == "held"
+    assert f"{base}: tokenizer.json can't be read: " in found.message
+    nothing_is_left(state)
