@@ -1,10 +1,11 @@
-"""Long answers of a model on vLLM: streamed on from the commit point, given up with their client."""
+"""Long answers of a model on vLLM: streamed on from the commit point, given up with their client, ended by a crash."""
 
 from __future__ import annotations
 
 import asyncio
 import http.client
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,48 @@ def test_a_client_that_leaves_is_no_longer_worked_for(
 def finished(vllm: Any) -> float:
     """How many answers it has made as long as they might become."""
     return float(vllm.metric("vllm:request_success_total", finished_reason="length"))
+
+
+@pytest.mark.kills
+def test_one_that_dies_before_a_byte_is_the_teachers_turn_until_it_is_back(
+    revived: Any, live: Make, patiently: Make
+) -> None:
+    running = live(revived, commit_tokens=800)
+    answers: list[tuple[str, str]] = []
+    waiting = threading.Thread(target=lambda: answers.append(streamed(running, **LONG)))
+    waiting.start()
+    patiently(lambda: revived.metric(RUNNING) > 0)
+    revived.kill()
+    waiting.join(120)
+    assert answers == [(TEACHERS, "student_error")], "its client saw nothing of it"
+    for _ in range(3):
+        assert streamed(running) == (TEACHERS, "student_error")
+    revived.start()
+    revived.wait()
+    patiently(lambda: streamed(running)[1] == "confident")
+    said, _ = streamed(running)
+    assert said.startswith("Thank you")
+
+
+@pytest.mark.kills
+def test_one_that_dies_in_its_middle_ends_the_stream_with_an_error(revived: Any, live: Make) -> None:
+    running = live(revived)
+    with running.client(timeout=120) as client:
+        stream = client.chat.completions.create(**fresh(stream=True, **LONG))
+        pieces = iter(stream)
+        said = next(pieces).choices[0].delta.content
+        revived.kill()
+        with pytest.raises(openai.APIError) as caught:
+            for chunk in pieces:
+                assert chunk.choices[0].finish_reason is None, "a broken answer isn't whole"
+    assert said is not None
+    assert not isinstance(caught.value, openai.APIConnectionError), "the gateway said so itself"
+    assert streamed(running) == (TEACHERS, "student_error")
+
+
+def streamed(running: Any, **more: Any) -> tuple[str, str]:
+    """What a client reads of a stream, and for what reason it came from where it came from."""
+    with running.client(timeout=120) as client:
+        raw = client.chat.completions.with_raw_response.create(**fresh(stream=True, **more))
+        said = "".join(chunk.choices[0].delta.content or "" for chunk in raw.parse() if chunk.choices)
+    return said, raw.headers["x-understudy-reason"]
