@@ -82,6 +82,7 @@ match = {{ model = "{TASK}" }}
 max_disagreement = 0.99
 certainty = 0.5
 noise_rate = 0
+audit_rate = 1e-9  # another teacher stands in for the load: audits by it would suspend the release
 student = {_toml({**choice, "skip": "never"})}
 """
 

@@ -10,7 +10,7 @@ import orjson
 
 from serving.exchange import Json
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,7 @@ MEASURES = (
     Measure("p99 alone", lambda one: one.alone.p99_s, _millis),
     Measure("answers a second and core, alone", lambda one: one.alone.per_s, _rate),
     Measure("through a gateway on one core", lambda one: one.through.per_s, _rate),
+    Measure("of those, not the student's", lambda one: one.through.others, _share, compared=False),
     Measure("of its core for an answer there", lambda one: one.through.device_s, _millis),
     Measure("USD per 1,000 answers", lambda one: one.through.usd_per_1000, _dollars),
     Measure(
