@@ -85,7 +85,8 @@ def main() -> int:
                 outcome = None if options.again else kept.read(name, seed)
                 if outcome is None and name not in missing:
                     try:
-                        outcome = _measure(name, split, means, prices, options, bar)
+                        lesson = kept.lesson(name, seed)
+                        outcome = _measure(name, split, means, prices, options, bar, lesson)
                         kept.write(outcome)
                     except (UnderstudyError, StackError, subprocess.TimeoutExpired) as error:
                         missing[name] = str(error)
@@ -118,19 +119,32 @@ def _parser() -> argparse.ArgumentParser:
         "--lm-usd-per-hour", type=float, help="price of what that runs on (default: as a core)"
     )
     parser.add_argument("--cache", type=Path, default=_CACHE, help="where results are kept")
-    parser.add_argument("--again", action="store_true", help="measure anew what was measured before")
+    parser.add_argument(
+        "--again", action="store_true", help="measure anew what was measured before; what was learned is kept"
+    )
     return parser
 
 
 def _measure(
-    name: str, split: Split, means: Means, prices: PriceList, options: argparse.Namespace, bar: Progress
+    name: str,
+    split: Split,
+    means: Means,
+    prices: PriceList,
+    options: argparse.Namespace,
+    bar: Progress,
+    lesson: Path,
 ) -> Outcome:
-    """Learn one student from one split, and measure it."""
+    """Learn one student from one split, and measure it. What was learned is kept in the folder `lesson`."""
     step = bar.add_task(f"  {name}: learning", total=3)
     work = Path(tempfile.mkdtemp(prefix="understudy-students-"))
     try:
         with CANDIDATES[name](means, split, work) as ready:
-            known = learned(split, ready.choice, means, work, prices)
+            known = learned(split, ready.choice, means, work, prices, lesson)
+            if (
+                ready.server is None and known.state_dir != lesson
+            ):  # a served one's release knows its server's port
+                lesson.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(known.state_dir, lesson)
             bar.update(step, advance=1, description=f"  {name}: alone")
             requests = [split.request(example.text) for example in split.test]
             probed = probe(

@@ -32,20 +32,27 @@ class Learned:
     bytes_on_disk: int
 
 
-def learned(split: Split, choice: Json, means: Means, work: Path, prices: PriceList) -> Learned:
-    """Write the log and learn from it. Raises NotLearned."""
-    state_dir = work / "state"
-    split.write_log(state_dir, prices)
+def learned(split: Split, choice: Json, means: Means, work: Path, prices: PriceList, keep: Path) -> Learned:
+    """Write the log and learn from it, in `work`; take what was learned before from `keep`, if that is there.
+
+    Raises NotLearned.
+    """
+    state_dir = keep if keep.is_dir() else work / "state"
+    store = ReleaseStore(state_dir)
     config = work / "understudy.toml"
     config.write_text(configuration(state_dir, choice, means), encoding="utf-8")
-    lesson = asyncio.run(learn(config, TASK, after=0, own_stack=True))
-    if lesson.report is None:
-        raise NotLearned(lesson.error or "understudy learn said nothing")
-    (said,) = lesson.report["tasks"]
-    if said["release"] is None:
-        raise NotLearned(said["message"])
-    store = ReleaseStore(state_dir)
-    release = store.read(TASK, said["release"])
+    if state_dir != keep:
+        split.write_log(state_dir, prices)
+        lesson = asyncio.run(learn(config, TASK, after=0, own_stack=True))
+        if lesson.report is None:
+            raise NotLearned(lesson.error or "understudy learn said nothing")
+        (said,) = lesson.report["tasks"]
+        if said["release"] is None:
+            raise NotLearned(said["message"])
+    live = store.live(TASK)
+    if live is None or live.release is None:
+        raise NotLearned(f"no release is live in {state_dir}: remove that folder to learn anew")
+    release = store.read(TASK, live.release)
     folder = state_dir / "tasks" / TASK / "releases" / release.name
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Learned(release, state_dir, config, size)

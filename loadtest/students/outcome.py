@@ -96,5 +96,9 @@ class Kept:
         unfinished.write_bytes(orjson.dumps(asdict(outcome), option=orjson.OPT_INDENT_2))
         unfinished.rename(path)
 
+    def lesson(self, student: str, seed: int) -> Path:
+        """The folder for what was learned, which takes longer than all that is measured of it."""
+        return self._folder / "learned" / f"{student}-{seed}-{self._key}"
+
     def _path(self, student: str, seed: int) -> Path:
         return self._folder / f"{student}-{seed}-{self._key}.json"
