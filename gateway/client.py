@@ -11,8 +11,9 @@ from types import TracebackType
 
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway import names
-from gateway.departure import STATE_KEY, Departure
+from gateway import delivery, departure, names
+from gateway.delivery import Delivery
+from gateway.departure import Departure
 from gateway.envelope import Refusal
 from gateway.reply import JSON_TYPE, Reply
 from gateway.turn import Turn
@@ -47,7 +48,9 @@ class Client:
         self.gone = False
         self.turn: Turn | None = None
         self.failure: str | None = None
-        self.departure: Departure | None = scope.get("state", {}).get(STATE_KEY)
+        state = scope.get("state", {})
+        self.departure: Departure | None = state.get(departure.STATE_KEY)
+        self._delivery: Delivery | None = state.get(delivery.STATE_KEY)
         self._head: list[tuple[bytes, bytes]] = []
         self._receive = receive
         self._send = send
@@ -133,12 +136,25 @@ class Client:
     async def answer(self, reply: Reply) -> None:
         """Send a reply whole, or frame by frame as its frames come."""
         if reply.frames is None:
-            await self.whole(reply.status, reply.headers, reply.body or b"")
+            body = reply.body or b""
+            if not self._delivered(reply.status, reply.headers, body):
+                await self.whole(reply.status, reply.headers, body)
             return
         await self.start(reply.status, reply.headers)
         async for frame in reply.frames:
             await self.piece(frame)
         await self.end()
+
+    def _delivered(self, status: int, headers: list[tuple[str, str]], body: bytes) -> bool:
+        """Send a whole answer in one piece, if that can be done."""
+        if self._delivery is None:  # not our own connection (gateway/edge.py)
+            return False
+        fields = [*headers, (names.REQUEST_ID_HEADER, self.request_id)]
+        if not self._delivery.send(status, fields, body):
+            return False
+        self.status = status
+        self._over = True
+        return True
 
     async def refuse(self, refusal: Refusal, headers: Iterable[tuple[str, str]] = ()) -> None:
         """Send an error; if the request isn't whole, its connection closes (gateway/edge.py sees to how)."""

@@ -26,9 +26,10 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from gateway import names
+from gateway import delivery, departure, names
 from gateway.client import request_id_of
-from gateway.departure import STATE_KEY, Departure
+from gateway.delivery import Delivery
+from gateway.departure import Departure
 from gateway.envelope import refuse
 
 HEAD_BYTES = 64 * 1024
@@ -141,7 +142,7 @@ class Edge(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         if self._answering():
-            self.cycle.scope["state"][STATE_KEY].happens()
+            self.cycle.scope["state"][departure.STATE_KEY].happens()
         self._stage = _Stage.IGNORED
         self._rewatch()
         self._unset_keepalive_if_required()
@@ -166,7 +167,7 @@ class Edge(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Note that a request begins."""
         super().on_message_begin()
-        self.scope["state"][STATE_KEY] = Departure()
+        self.scope["state"][departure.STATE_KEY] = Departure()
         self._stage = _Stage.HEAD
         self._fed = self._piece
 
@@ -184,6 +185,7 @@ class Edge(HttpToolsProtocol):
         self._stage = _Stage.BODY
         self._fed = 0
         self.headers = _Dropped()
+        self.cycle.scope["state"][delivery.STATE_KEY] = Delivery(self.cycle)
         if self._door.draining:
             self.cycle.keep_alive = False
 

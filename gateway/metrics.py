@@ -15,6 +15,7 @@ from typing import Literal, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
 from gateway import names
+from gateway.tallies import Distribution, Tally
 from serving.exchange import Json, Route
 from serving.live import Cause
 from serving.pool import OURS, Pool
@@ -38,13 +39,11 @@ class Metrics:
     def __init__(self) -> None:
         self._shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         self._registry = CollectorRegistry()
-        self._requests = self._counter(
-            names.METRIC_REQUESTS, "Requests.", ("task", "route", "reason", "code")
-        )
-        self._duration = self._histogram(
+        self._requests = self._tally(names.METRIC_REQUESTS, "Requests.", ("task", "route", "reason", "code"))
+        self._duration = self._distribution(
             names.METRIC_DURATION, "From the request to the end of its answer.", ("task", "route"), _SECONDS
         )
-        self._overhead = self._histogram(
+        self._overhead = self._distribution(
             names.METRIC_OVERHEAD, "Time of the gateway itself: total minus waiting on models.", (), _OVERHEAD
         )
         self._first_token = self._histogram(
@@ -53,37 +52,37 @@ class Metrics:
             ("task", "route"),
             _SECONDS,
         )
-        self._tokens = self._counter(
+        self._tokens = self._tally(
             names.METRIC_TOKENS,
             "Tokens of the answers given, in the teacher's count.",
             ("task", "route", "kind"),
         )
-        self._cost = self._counter(
+        self._cost = self._tally(
             names.METRIC_COST,
             "What the requests cost; audits and repeats count with the requests they are of.",
             ("task", "route"),
         )
-        self._request_cost = self._histogram(
+        self._request_cost = self._distribution(
             names.METRIC_REQUEST_COST, "What one request cost.", ("task", "route"), _USD
         )
-        self._avoided = self._counter(
+        self._avoided = self._tally(
             names.METRIC_COST_AVOIDED,
             "What the teacher would have cost, minus what was spent.",
             ("task", "route"),
         )
-        self._confidence = self._histogram(
+        self._confidence = self._distribution(
             names.METRIC_CONFIDENCE, "Calibrated confidence of the student's answers.", ("task",), _SHARES
         )
         self._threshold = self._gauge(
             names.METRIC_THRESHOLD, "The confidence from which the student's answer is served.", ("task",)
         )
-        self._student_answers = self._counter(
+        self._student_answers = self._tally(
             names.METRIC_STUDENT_ANSWERS, "Answers of students, whether or not they were served.", ("task",)
         )
-        self._student_tokens = self._counter(
+        self._student_tokens = self._tally(
             names.METRIC_STUDENT_TOKENS, "Output tokens of those answers.", ("task",)
         )
-        self._student_device = self._counter(
+        self._student_device = self._tally(
             names.METRIC_STUDENT_DEVICE, "Seconds that what students run on worked for them.", ("task",)
         )
         self._spared = self._counter(
@@ -102,7 +101,7 @@ class Metrics:
         self._repeats = self._counter(
             names.METRIC_REPEATS, "Requests that the teacher was asked twice.", ("task", "outcome")
         )
-        self._logged = self._counter(names.METRIC_LOGGED, "Exchanges made durable.", ("task",))
+        self._logged = self._tally(names.METRIC_LOGGED, "Exchanges made durable.", ("task",))
         self._lost = self._counter(names.METRIC_LOST, "Exchanges that could not be logged.", ("task",))
         self._late = self._counter(
             names.METRIC_LATE, "Answers that went out before their exchange was on disk.", ("task",)
@@ -131,7 +130,7 @@ class Metrics:
         self._release = self._gauge(
             names.METRIC_RELEASE, "1 for the release that is live.", ("task", "release")
         )
-        self._cache_requests = self._counter(
+        self._cache_requests = self._tally(
             names.METRIC_CACHE_REQUESTS, "What came of looking into the cache.", ("task", "outcome")
         )
         self._cache_age = self._histogram(
@@ -415,6 +414,18 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float]) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self._registry)
+
+    def _tally(self, name: str, text: str, labels: Sequence[str]) -> Counter:
+        """Make a counter that every request increases, always in the event loop."""
+        kind = Counter if self._shared else Tally
+        return kind(name, text, labels, registry=self._registry)
+
+    def _distribution(
+        self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float]
+    ) -> Histogram:
+        """Make a histogram that every request adds to, always in the event loop."""
+        kind = Histogram if self._shared else Distribution
+        return kind(name, text, labels, buckets=buckets, registry=self._registry)
 
     def _gauge(self, name: str, text: str, labels: Sequence[str]) -> Gauge:
         return Gauge(name, text, labels, registry=self._registry, multiprocess_mode="mostrecent")

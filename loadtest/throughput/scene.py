@@ -179,7 +179,7 @@ def _choice(text: str) -> dict[str, object]:
 
 def _configuration(teacher_url: str, state_dir: Path) -> str:
     tasks = "".join(
-        f'\n[[task]]\nname = "{name}"\nmatch = {{ model = "{name}" }}\nmax_disagreement = 0.99\nnoise_rate = 0\n'
+        f'\n[[task]]\nname = "{name}"\nmatch = {{ model = "{name}" }}\nmax_disagreement = 0.9999\nnoise_rate = 0\n'
         for name in (ANSWERED, CACHEABLE, ESCALATED, NO_RELEASE)
     )
     return f"""\
