@@ -88,7 +88,9 @@ class LmStudent:
                 told = Loaded(plan.base_url, plan.api_key_env)
                 loading = AdapterLoading(plan.adapter, server, engines.adapters, told)
             elif engines.pool is not None:
-                loading = PoolAdapterLoading(plan.adapter, engines.pool, engines.adapters)
+                loading = PoolAdapterLoading(
+                    plan.adapter, engines.pool, engines.adapters, timeout_s=plan.timeout_s
+                )
         return cls(plan, server, metering, loading)
 
     async def prepare(self) -> None:

@@ -68,6 +68,7 @@ class Pool:
         self._turns = 0
         self._looking: asyncio.Task[None] | None = None
         self._looked = asyncio.Event()
+        self._found = asyncio.Event()
 
     def adopt(self, vllm: VllmSettings | None) -> None:
         """Go on by a reloaded configuration, from the next look on. Raises ConfigError for a key that can't be sent."""
@@ -80,7 +81,7 @@ class Pool:
             self._looking = asyncio.get_running_loop().create_task(self._look_on(), name="student servers")
 
     def served(self, *, below: str, timeout_s: float) -> PooledServer:
-        """The pool as one server: paths are `below` a server's root, an answer's head comes within `timeout_s`."""
+        """The pool as one server: paths are `below` a server's root, `timeout_s` bounds every silence."""
         return PooledServer(self, below, timeout_s)
 
     def states(self) -> Mapping[str, bool]:
@@ -125,7 +126,7 @@ class Pool:
         Raises StudentUnavailable at once if none is there, and what `question` raises.
         """
         self.start()
-        await self._looked.wait()  # the first look only
+        await self._found.wait()  # in the first look only
         while (member := least_busy(self._members, time.monotonic())) is not None:
             self._turns += 1
             member.turn = self._turns
@@ -192,6 +193,7 @@ class Pool:
             except Exception:
                 log.exception("looking at the students' servers failed; trying again")
             self._looked.set()
+            self._found.set()  # or nobody is there
             await asyncio.sleep(self._look_every_s)
 
     async def _look(self) -> None:
@@ -224,6 +226,7 @@ class Pool:
             self._down(member, error)
         elif not member.up:
             member.up = True
+            self._found.set()
             log.info("the student's server %s is there", member.address.name)
 
     def _down(self, member: Member, why: object) -> None:
@@ -268,13 +271,17 @@ class PooledServer:
 
     async def post(self, path: str, asked: Json) -> UpstreamResponse:
         """As `StudentServer.post`. Raises StudentUnavailable as well."""
+        limit_s = self._timeout_s
         return await self._pool.ask(
-            lambda server: server.post(self._below + path, asked), timeout_s=self._timeout_s
+            lambda server: server.post(self._below + path, asked, silence_s=limit_s), timeout_s=limit_s
         )
 
     async def get(self, path: str) -> UpstreamResponse:
         """As `StudentServer.get`. Raises StudentUnavailable as well."""
-        return await self._pool.ask(lambda server: server.get(self._below + path), timeout_s=self._timeout_s)
+        limit_s = self._timeout_s
+        return await self._pool.ask(
+            lambda server: server.get(self._below + path, silence_s=limit_s), timeout_s=limit_s
+        )
 
     def refusal(self, error: UpstreamRefused) -> StudentBroken:
         """As `Pool.refusal`."""

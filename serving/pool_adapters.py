@@ -16,12 +16,13 @@ _BELOW = "/v1"
 
 
 class PoolAdapterLoading:
-    """One adapter at each server of the pool that is there. See `AdapterLoading`."""
+    """One adapter at each server of the pool that is there. `timeout_s` bounds a load. See `AdapterLoading`."""
 
-    def __init__(self, name: str, pool: Pool, shelf: AdapterShelf) -> None:
+    def __init__(self, name: str, pool: Pool, shelf: AdapterShelf, *, timeout_s: float) -> None:
         self._name = name
         self._pool = pool
         self._shelf = shelf
+        self._timeout_s = timeout_s
         self._loadings: dict[Member, AdapterLoading] = {}
 
     async def load(self) -> None:
@@ -42,21 +43,22 @@ class PoolAdapterLoading:
             if member.address.name == OURS
             else Loaded(member.address.url + _BELOW, self._pool.api_key_env)
         )
-        return AdapterLoading(self._name, _OpenAi(member.server), self._shelf, told)
+        return AdapterLoading(self._name, _OpenAi(member.server, self._timeout_s), self._shelf, told)
 
 
 class _OpenAi:
     """The OpenAI-compatible part of a server that is known by its root."""
 
-    def __init__(self, server: StudentServer) -> None:
+    def __init__(self, server: StudentServer, timeout_s: float) -> None:
         self._server = server
+        self._timeout_s = timeout_s
 
     @property
     def place(self) -> str:
         return self._server.place
 
     async def get(self, path: str) -> UpstreamResponse:
-        return await self._server.get(_BELOW + path)
+        return await self._server.get(_BELOW + path, silence_s=self._timeout_s)
 
     async def post(self, path: str, asked: Json) -> UpstreamResponse:
-        return await self._server.post(_BELOW + path, asked)
+        return await self._server.post(_BELOW + path, asked, silence_s=self._timeout_s)

@@ -57,8 +57,12 @@ class Member:
         self.silent, self.rest_s = 0, _FIRST_REST_S
 
     def was_silent(self, seconds: float) -> None:
-        """Note that a request was there for so long and heard nothing. A client that goes away at once says nothing."""
-        if seconds < _SILENT_S:
+        """Note that a request was there for so long and heard nothing. A client that goes away at once says nothing.
+
+        Nor does one that was there before it was left alone, with those that were the reason to.
+        """
+        now = time.monotonic()
+        if seconds < _SILENT_S or now - seconds < self.rests_until:
             return
         self.silent += 1
         if self.silent >= _SILENT_TIMES:
@@ -68,7 +72,7 @@ class Member:
                 self.silent,
                 self.rest_s,
             )
-            self.rests_until = time.monotonic() + self.rest_s
+            self.rests_until = now + self.rest_s
             self.rest_s = min(2 * self.rest_s, _LONGEST_REST_S)
             self.silent = _SILENT_TIMES - 1  # the next one is a trial
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import orjson
@@ -37,7 +38,8 @@ class Served(Protocol):
     async def post(self, path: str, asked: Json) -> UpstreamResponse:
         """Send a request and wait for the head of a good answer.
 
-        Raises UpstreamRefused for any status that isn't one (see `refusal`), UpstreamError, or StudentUnavailable.
+        Raises UpstreamRefused for any status that isn't one (see `refusal`), in the server's words without our key;
+        UpstreamError, or StudentUnavailable.
         """
         ...
 
@@ -87,23 +89,27 @@ class StudentServer:
         """Host and port, for messages."""
         return self._upstream.place
 
-    async def post(self, path: str, asked: Json) -> UpstreamResponse:
+    async def post(self, path: str, asked: Json, *, silence_s: float | None = None) -> UpstreamResponse:
         """Send a request below the base URL and wait for the head of a good answer.
 
-        Raises UpstreamRefused for any status that isn't one (see `refusal`), and what `Upstream.request` raises.
+        `silence_s` bounds each of its silences; None: as for all. Raises UpstreamRefused for any status that isn't a
+        good one (see `refusal`), and what `Upstream.request` raises.
         """
-        return await self._send("POST", path, orjson.dumps(asked))
+        return await self._send("POST", path, orjson.dumps(asked), silence_s)
 
-    async def get(self, path: str) -> UpstreamResponse:
+    async def get(self, path: str, *, silence_s: float | None = None) -> UpstreamResponse:
         """The same for a question without a body."""
-        return await self._send("GET", path, b"")
+        return await self._send("GET", path, b"", silence_s)
 
-    async def _send(self, method: str, path: str, body: bytes) -> UpstreamResponse:
+    async def _send(self, method: str, path: str, body: bytes, silence_s: float | None) -> UpstreamResponse:
+        ask = partial(
+            self._upstream.request, method, path, headers=self._headers, body=body, silence_s=silence_s
+        )
         try:
             try:
-                response = await self._upstream.request(method, path, headers=self._headers, body=body)
+                response = await ask()
             except StaleConnection:
-                response = await self._upstream.request(method, path, headers=self._headers, body=body)
+                response = await ask()
         except RequestError:
             # Path and headers are the operator's: no client has sent anything wrong.
             raise StudentBroken(
@@ -113,7 +119,10 @@ class StudentServer:
         if 200 <= response.status < 300:
             return response
         async with response:
-            raise UpstreamRefused(response.status, dict(response.headers), await response.read())
+            said = await response.read()
+        # Some repeat our key, and what they say stands in logs and reports.
+        said = said if self._key is None else said.replace(self._key.encode(), "…".encode())
+        raise UpstreamRefused(response.status, dict(response.headers), said)
 
     def refusal(self, error: UpstreamRefused) -> StudentBroken:
         """What a refusal means, in the server's own words: without our key, which some repeat."""

@@ -135,6 +135,7 @@ class Upstream:
         self._root = urlunsplit(self._base._replace(path=self._base.path.rstrip("/"), query="", fragment=""))
         self._query = self._base.query
         self._timeout_s = timeout_s
+        self._silences = _silences(timeout_s)
         self._max_connections = max_connections
         self._proxy = _proxy_of(self._base.scheme, self._base.hostname or "")
         self._session: aiohttp.ClientSession | None = None
@@ -165,13 +166,15 @@ class Upstream:
         headers: Headers,
         body: bytes | AsyncIterator[bytes],
         timeout_s: float | None = None,
+        silence_s: float | None = None,
     ) -> UpstreamResponse:
         """Send a request and wait for the head of its answer.
 
-        `path` begins with "/" and is appended to the base URL. Cancelling the call closes the connection.
-        Raises NothingSent when there is no connection, StaleConnection when a kept one had ended,
-        UpstreamTimeout when there is no head after `timeout_s`, UpstreamBroken when the connection ended
-        before it, RequestError when the request can't be written as HTTP at all.
+        `path` begins with "/" and is appended to the base URL. `silence_s` bounds the silences of this request in
+        place of what does for all. Cancelling the call closes the connection. Raises NothingSent when there is no
+        connection, StaleConnection when a kept one had ended, UpstreamTimeout when there is no head after `timeout_s`,
+        UpstreamBroken when the connection ended before it, RequestError when the request can't be written as HTTP at
+        all.
         """
         session = self._session or self._open()
         reused = SimpleNamespace(connection=False)
@@ -185,6 +188,7 @@ class Upstream:
                     allow_redirects=False,
                     proxy=self._proxy,
                     trace_request_ctx=reused,
+                    timeout=self._silences if silence_s is None else _silences(silence_s),
                 )
         except aiohttp.ClientConnectorError as error:
             raise NothingSent(f"{self._who} at {self.place} can't be reached: {_cause(error)}") from None
@@ -202,7 +206,7 @@ class Upstream:
                 raise StaleConnection(f"{self._who} had closed a kept connection") from None
             raise _translated(error, self._who, "before it answered") from None
         except TimeoutError:
-            waited = self._timeout_s if timeout_s is None else timeout_s
+            waited = next(s for s in (timeout_s, silence_s, self._timeout_s) if s is not None)
             raise UpstreamTimeout(
                 f"{self._who} at {self.place} didn't answer within {waited:.3g} s"
             ) from None
@@ -230,14 +234,15 @@ class Upstream:
             cookie_jar=aiohttp.DummyCookieJar(),
             skip_auto_headers=("accept-encoding", "content-type"),
             headers={"user-agent": "understudy"},
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=min(self._timeout_s, _CONNECT_S), sock_read=self._timeout_s
-            ),
             trace_configs=[trace],
             max_line_size=_LONGEST_HEADER,
             max_field_size=_LONGEST_HEADER,
         )
         return self._session
+
+
+def _silences(seconds: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, sock_connect=min(seconds, _CONNECT_S), sock_read=seconds)
 
 
 def _in_pieces(body: bytes | AsyncIterator[bytes]) -> AsyncIterator[bytes] | io.BytesIO | bytes | None:

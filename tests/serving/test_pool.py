@@ -7,7 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Server:
         self.name = name
         self.healthy = True
         self.waits: asyncio.Event | None = None
+        self.stalls = self.hangs = False
         self.status = 200
         self.asked = 0
         self.keys: list[str] = []
@@ -48,6 +49,10 @@ class Server:
             return
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         if scope["path"] == "/health":
+            if self.hangs:
+                await receive()  # the end of the request
+                await receive()  # until whoever looks has had enough
+                return
             status, body = (200 if self.healthy else 503), b""
         else:
             self.asked += 1
@@ -61,15 +66,20 @@ class Server:
                 raise ConnectionError  # uvicorn closes without a word
             status, body = self.status, self.name.encode() + headers.get("authorization", "").encode()
         await send({"type": "http.response.start", "status": status, "headers": []})
-        if self.waits is not None and scope["path"] != "/health":
+        if self.stalls and scope["path"] != "/health":
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        if (self.stalls or self.waits is not None) and scope["path"] != "/health":
             await receive()  # until the client has had enough
         await send({"type": "http.response.body", "body": body})
 
 
 @asynccontextmanager
 async def pool_of(tmp_path: Path, *urls: str, **options: Any) -> AsyncIterator[Pool]:
+    """A pool that has looked at all of them once."""
     pool = Pool(tmp_path, VllmSettings(urls=list(urls), **options), look_every_s=0.05)
     try:
+        with suppress(StudentUnavailable):
+            await pool.members()
         yield pool
     finally:
         await pool.aclose()
@@ -181,6 +191,56 @@ def test_one_that_says_nothing_is_left_alone_for_a_while(
     with caplog.at_level(logging.WARNING, "understudy"):
         asyncio.run(play())
     assert "without a word" in caplog.text
+
+
+def test_a_burst_that_hears_nothing_is_one_reason_to_leave_it_alone(
+    serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mute = Server(serve, "mute")
+    mute.waits = asyncio.Event()
+
+    async def play() -> None:
+        async with pool_of(tmp_path, mute.url) as pool:
+            student = pool.served(below="/v1", timeout_s=10.0)
+            responses = await asyncio.gather(*(student.post(CHAT, {}) for _ in range(8)))
+            await asyncio.sleep(0.6)  # for longer than a client that goes away at once
+            for response in responses:
+                await response.aclose()
+
+    with caplog.at_level(logging.WARNING, "understudy"):
+        asyncio.run(play())
+    (said,) = [record.getMessage() for record in caplog.records if "without a word" in record.getMessage()]
+    assert said.endswith("is left alone for 5 s")
+
+
+def test_an_answer_that_stalls_in_its_middle_ends(serve: Serve, tmp_path: Path) -> None:
+    server = Server(serve, "begun")
+    server.stalls = True
+
+    async def play() -> None:
+        async with pool_of(tmp_path, server.url) as pool:
+            response = await pool.served(below="/v1", timeout_s=0.3).post(CHAT, {})
+            async with asyncio.timeout(20), response:
+                assert await response.read_chunk() == b"begun"
+                with pytest.raises(UpstreamTimeout, match="fell silent in the middle of its answer"):
+                    await response.read_chunk()
+
+    asyncio.run(play())
+
+
+def test_nobody_waits_for_the_first_look_at_another(serve: Serve, tmp_path: Path) -> None:
+    stalled, well = Server(serve, "stalled"), Server(serve, "well")
+    stalled.hangs = True
+
+    async def play() -> None:
+        pool = Pool(tmp_path, VllmSettings(urls=[stalled.url, well.url]))
+        try:
+            async with asyncio.timeout(4):  # a look is given up after five
+                assert await ask(pool) == "well"
+        finally:
+            await pool.aclose()
+
+    asyncio.run(play())
 
 
 def test_a_late_answer_is_a_timeout(serve: Serve, tmp_path: Path) -> None:

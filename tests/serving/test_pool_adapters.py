@@ -13,6 +13,7 @@ import pytest
 from serving.adapter_loading import AdapterNotLoaded
 from serving.adapter_shelf import AdapterShelf, Loaded
 from serving.adapter_tidying import tidy
+from serving.errors import UpstreamTimeout
 from serving.guarded_student import StudentUnavailable
 from serving.pool import Pool
 from serving.pool_adapters import PoolAdapterLoading
@@ -30,6 +31,7 @@ class Server:
         self.adapters: set[str] = set()
         self.loads = 0
         self.refuses = False
+        self.stalls = False
         self._key = key
         self.url = serve(self)
 
@@ -47,7 +49,10 @@ class Server:
         elif scope["path"] == "/v1/models":
             said = json.dumps({"data": [{"id": name} for name in ["base", *self.adapters]]})
         elif scope["path"] == "/v1/load_lora_adapter" and self.refuses:
-            status = 400
+            status, said = 400, f"not with {self._key.removeprefix('Bearer ')}"
+        elif scope["path"] == "/v1/load_lora_adapter" and self.stalls:
+            await receive()  # until whoever asks has had enough
+            return
         elif scope["path"] == "/v1/load_lora_adapter":
             self.loads += 1
             self.adapters.add(json.loads(raw)["lora_name"])
@@ -68,7 +73,7 @@ def test_each_server_loads_it_once(serve: Serve, tmp_path: Path, shelf: AdapterS
 
     async def play() -> None:
         pool = Pool(tmp_path, VllmSettings(urls=[f"{server.url}/v1" for server in servers]))
-        loading = PoolAdapterLoading(NAME, pool, shelf)
+        loading = PoolAdapterLoading(NAME, pool, shelf, timeout_s=10.0)
         try:
             await asyncio.gather(loading.load(), loading.load())
             assert [server.loads for server in servers] == [1, 1]
@@ -94,7 +99,7 @@ def test_the_one_run_here_is_found_again_to_unload(serve: Serve, tmp_path: Path,
 
     async def play() -> None:
         pool = Pool(tmp_path, VllmSettings(model="base", enable_lora=True))
-        loading = PoolAdapterLoading(NAME, pool, shelf)
+        loading = PoolAdapterLoading(NAME, pool, shelf, timeout_s=10.0)
         try:
             await loading.load()
             assert first.adapters == {NAME}
@@ -119,12 +124,52 @@ def test_one_that_has_ended_has_forgotten(tmp_path: Path, shelf: AdapterShelf) -
     assert asyncio.run(tidy(tmp_path, shelf, [NAME])) == [NAME]
 
 
+def test_a_server_that_doesnt_come_to_an_end_of_loading_is_given_up(
+    serve: Serve, tmp_path: Path, shelf: AdapterShelf
+) -> None:
+    server = Server(serve)
+    server.stalls = True
+
+    async def play() -> None:
+        pool = Pool(tmp_path, VllmSettings(urls=[server.url]))
+        loading = PoolAdapterLoading(NAME, pool, shelf, timeout_s=0.3)
+        try:
+            async with asyncio.timeout(20):
+                with pytest.raises(UpstreamTimeout, match=r"didn't answer within 0\.3 s"):
+                    await loading.load()
+        finally:
+            await loading.aclose()
+            await pool.aclose()
+
+    asyncio.run(play())
+
+
+def test_a_server_that_repeats_our_key_doesnt_have_it_logged(
+    serve: Serve, tmp_path: Path, shelf: AdapterShelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVERS_KEY", "sk-servers")
+    server = Server(serve, key="Bearer sk-servers")
+    server.refuses = True
+
+    async def play() -> None:
+        pool = Pool(tmp_path, VllmSettings(urls=[server.url], api_key_env="SERVERS_KEY"))
+        loading = PoolAdapterLoading(NAME, pool, shelf, timeout_s=10.0)
+        try:
+            with pytest.raises(AdapterNotLoaded, match=r"not with …$"):
+                await loading.load()
+        finally:
+            await loading.aclose()
+            await pool.aclose()
+
+    asyncio.run(play())
+
+
 def test_without_a_server_nothing_is_loaded(tmp_path: Path, shelf: AdapterShelf) -> None:
     async def play() -> None:
         pool = Pool(tmp_path, VllmSettings(model="base"))
         try:
             with pytest.raises(StudentUnavailable):
-                await PoolAdapterLoading(NAME, pool, shelf).load()
+                await PoolAdapterLoading(NAME, pool, shelf, timeout_s=10.0).load()
         finally:
             await pool.aclose()
 
