@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from distillation.training_process import TrainingFailed, run_script
 from serving.disk import Disk
-from serving.embedder_folder import WEIGHTS, EmbedderFolder, UnfitEmbedder
+from serving.encoder_folder import WEIGHTS, EmbedderFolder, UnfitEncoder
 from serving.engines import MODEL_FILE, TOKENIZER_FILE, Engines
 from serving.errors import DamagedRelease
 from serving.settings import LearningSettings
@@ -60,7 +60,7 @@ def read_embedder(
     """The encoder in a folder; `progress` hears of what takes long.
 
     An export that it holds is taken if it gives one embedding a text; many give one a token, and are made anew. Raises
-    UnfitEmbedder, saying what to do, ConfigError where what runs it isn't installed, and OSError as the disk does.
+    UnfitEncoder, saying what to do, ConfigError where what runs it isn't installed, and OSError as the disk does.
     """
     found = EmbedderFolder.look_into(folder)
     if found.export is not None:
@@ -69,7 +69,7 @@ def read_embedder(
             return SentenceEncoder(exported, engines.text_model(exported))
         except DamagedRelease as error:
             if not found.exportable:
-                raise UnfitEmbedder(f"student.embedder: the export in {folder} won't do: {error}") from error
+                raise UnfitEncoder(f"student.embedder: the export in {folder} won't do: {error}") from error
     made = state_dir / "embedders" / _checksum(folder)
     if not made.is_dir():
         _make(folder, made, learning, progress, disk or Disk())
@@ -77,7 +77,7 @@ def read_embedder(
     try:
         return SentenceEncoder(files, engines.text_model(files))
     except DamagedRelease as error:
-        raise UnfitEmbedder(
+        raise UnfitEncoder(
             f"student.embedder: what was exported of {folder} is damaged: {error}; remove {made}, and it is made anew"
         ) from error
 
@@ -88,7 +88,7 @@ def _read(model: Path, tokenizer: Path) -> Mapping[str, bytes]:
         try:
             files[name] = path.read_bytes()
         except OSError as error:
-            raise UnfitEmbedder(
+            raise UnfitEncoder(
                 f"student.embedder: {path} can't be read ({error.strerror}): copy or export it again"
             ) from error
     return files
@@ -117,7 +117,7 @@ def _make(
             try:
                 run_script(_SCRIPT, job, learning, work, lambda _: None)
             except TrainingFailed as error:
-                raise UnfitEmbedder(f"student.embedder: {error}") from error
+                raise UnfitEncoder(f"student.embedder: {error}") from error
             for name in (MODEL_FILE, TOKENIZER_FILE):
                 _sync(work / "out" / name, disk)
             disk.sync_directory(work / "out")

@@ -17,7 +17,7 @@ from distillation.kind import Progress, StudentSilent
 from distillation.training_process import TrainingFailed, run_script, training_folder
 from serving.closed_answers import ANSWERS_FILE, AnswerSpace, ClosedStudent
 from serving.closed_students import load_closed_student
-from serving.encoder_base import UnfitBase, check_base
+from serving.encoder_folder import UnfitEncoder, check_base
 from serving.engines import MODEL_FILE, TOKENIZER_FILE, Engines
 from serving.errors import ConfigError, DamagedRelease
 from serving.exchange import Json
@@ -64,7 +64,7 @@ class FineTuning:
                 progress("writing it for ONNX Runtime")
                 files = self._exported(folder)
             return load_closed_student({**files, ANSWERS_FILE: space.dump("encoder")}, self._engines)
-        except (ConfigError, DamagedRelease, TrainingFailed, UnfitBase) as error:
+        except (ConfigError, DamagedRelease, TrainingFailed, UnfitEncoder) as error:
             raise StudentSilent(str(error)) from error
         except OSError as error:
             raise StudentSilent(f"it can't be fine-tuned: {error.strerror} ({error.filename})") from error
@@ -72,7 +72,7 @@ class FineTuning:
     def _base(self) -> Path:
         base = self._policy.student.base
         if base is None:
-            raise UnfitBase("student.base isn't set: name the folder of the encoder to fine-tune")
+            raise UnfitEncoder("student.base isn't set: name the folder of the encoder to fine-tune")
         check_base(base)
         return base.resolve()
 

@@ -12,7 +12,7 @@ from distillation.past import Past, read_past, redoable
 from distillation.split import Split
 from routers.foresight_fit import Stakes
 from serving.embedded import MODEL as EMBEDDED
-from serving.embedder_folder import UnfitEmbedder
+from serving.encoder_folder import UnfitEncoder
 from serving.engines import Engines
 from serving.errors import ConfigError, UnderstudyError
 from serving.exchange import Exchange, Json, StudentAnswer
@@ -81,7 +81,7 @@ class Kind(Protocol):
 class LinearKind:
     """The student `linear`: fitted here, on the very rows it is judged on.
 
-    `load_encoder` loads the sentence encoder of one over embeddings, and raises UnfitEmbedder or ConfigError; None: it
+    `load_encoder` loads the sentence encoder of one over embeddings, and raises UnfitEncoder or ConfigError; None: it
     counts terms. `engines` is what it shares with the releases on disk.
     """
 
@@ -110,7 +110,7 @@ class LinearKind:
         if self._load_encoder is not None:
             try:
                 self._encoder = self._load_encoder(lambda said: progress(f"{self._policy.name}: {said}"))
-            except (UnfitEmbedder, ConfigError) as error:
+            except (UnfitEncoder, ConfigError) as error:
                 raise StudentSilent(str(error)) from error
         read = partial(read_past, self._store, self._policy.name, engines=self._engines)
         return redoable(read, self._policy.name, dataset, progress)

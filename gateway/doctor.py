@@ -14,7 +14,7 @@ import orjson
 
 from gateway.doctor_local import check_configuration, check_disk, check_machine, check_sources
 from gateway.doctor_remote import check_redis, check_teacher
-from gateway.doctor_student import check_embedders, check_students
+from gateway.doctor_student import check_students
 from gateway.doctor_training import check_training
 from gateway.finding import Finding, Verdict
 from serving.settings import Settings
@@ -35,7 +35,6 @@ def examine(settings: Settings, *, file: Path, ask: bool) -> list[Finding]:
     findings += check_configuration(settings)
     findings += check_machine(settings)
     findings += check_disk(settings.state_dir)
-    findings += check_embedders(settings)
     findings += check_training(settings)
     findings += asyncio.run(_remote(settings, ask=ask))
     return findings

@@ -12,7 +12,6 @@ from routers.meter import TokenMeter
 from serving.adapter import Adapter
 from serving.adapter_loading import is_loaded
 from serving.classify_plan import ClassifyPlan
-from serving.embedder_folder import EmbedderFolder, UnfitEmbedder
 from serving.engines import Engines
 from serving.errors import ConfigError, UnderstudyError
 from serving.exchange import Json
@@ -47,25 +46,6 @@ async def check_students(settings: Settings) -> list[Finding]:
         return [*found, *[await _check(plan, pool) for plan in plans]]
     finally:
         await pool.aclose()
-
-
-def check_embedders(settings: Settings) -> list[Finding]:
-    """Look into the folder of each sentence encoder of the configuration: without one, nothing is learned."""
-    choices = [
-        settings.task_defaults.student,
-        *(settings.for_task(task.name).student for task in settings.task),
-    ]
-    found = []
-    for folder in dict.fromkeys(choice.embedder for choice in choices if choice.embedder is not None):
-        try:
-            EmbedderFolder.look_into(folder)
-        except UnfitEmbedder as error:
-            found.append(
-                Finding("student", "problem", str(error), "nothing is learned for its tasks until then")
-            )
-        else:
-            found.append(Finding("student", "ok", f"the sentence encoder in {folder} is there"))
-    return found
 
 
 async def _check(plan: ServedPlan, pool: Pool) -> Finding:

@@ -1,4 +1,4 @@
-"""What `understudy doctor` checks of students that are fine-tuned here: the base, what serves and what trains them."""
+"""What `understudy doctor` checks of students on ONNX Runtime: their folders, what serves them and what makes them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from gateway.finding import Finding
-from serving.encoder_base import UnfitBase, check_base
+from gateway.finding import Finding, Verdict
+from serving.encoder_folder import EmbedderFolder, UnfitEncoder, check_base
 from serving.settings import Settings
 
 _SERVES = ("onnxruntime", "tokenizers")
@@ -22,34 +22,57 @@ _TIMEOUT_S = 30.0
 
 
 def check_training(settings: Settings) -> list[Finding]:
-    """Look at each base of the configuration, and, if there is one, at the two environments it takes."""
+    """Look at each encoder of the configuration, and, if there is one, at the environments it takes."""
     choices = [
         settings.task_defaults.student,
         *(settings.for_task(task.name).student for task in settings.task),
     ]
     bases = dict.fromkeys(choice.base for choice in choices if choice.base is not None)
-    if not bases:
+    embedders = dict.fromkeys(choice.embedder for choice in choices if choice.embedder is not None)
+    if not bases and not embedders:
         return []
-    return [*(_base(base) for base in bases), _serves(), _trains(settings.learning.python)]
+    found = [_base(base) for base in bases]
+    to_export = False
+    for embedder in embedders:
+        said, is_export = _embedder(embedder)
+        found.append(said)
+        to_export |= not is_export
+    found.append(_serves())
+    if bases:
+        found.append(_trains(settings.learning.python, "fine-tune encoders", "problem"))
+    elif to_export:
+        # What was exported before is kept, and needs nothing more.
+        found.append(_trains(settings.learning.python, "export sentence encoders", "warning"))
+    return found
 
 
 def _base(base: Path) -> Finding:
     try:
         check_base(base)
-    except UnfitBase as error:
+    except UnfitEncoder as error:
         return Finding("student", "problem", str(error), "the teacher answers meanwhile")
     return Finding("student", "ok", f"{base} can be fine-tuned")
+
+
+def _embedder(folder: Path) -> tuple[Finding, bool]:
+    """What is to be said of a sentence encoder's folder, and whether there is nothing to export."""
+    try:
+        found = EmbedderFolder.look_into(folder)
+    except UnfitEncoder as error:
+        advice = "nothing is learned for its tasks until then"
+        return Finding("student", "problem", str(error), advice), True
+    return Finding("student", "ok", f"the sentence encoder in {folder} is there"), found.export is not None
 
 
 def _serves() -> Finding:
     missing = [name for name in _SERVES if find_spec(name) is None]
     if missing:
-        said = f"an encoder can't be served: {' and '.join(missing)} isn't installed"
+        said = f"an encoder can't be served: this Python has no {' and no '.join(missing)}"
         return Finding("student", "problem", said, "pip install 'understudy[encoder]'")
     return Finding("student", "ok", "what serves encoders is installed")
 
 
-def _trains(python: Path | None) -> Finding:
+def _trains(python: Path | None, what: str, verdict: Verdict) -> Finding:
     """Ask the Python that trains for what it lacks, without importing any of it: torch alone takes seconds."""
     command = [sys.executable if python is None else str(python), "-P", "-c", _LISTING, *_TRAINS]
     try:
@@ -57,14 +80,17 @@ def _trains(python: Path | None) -> Finding:
             command, capture_output=True, timeout=_TIMEOUT_S, check=True
         )
         missing = [str(name) for name in json.loads(asked.stdout)]
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        said = f"{command[0]}, which is to train encoders, can't be asked: {error}"
-        return Finding("training", "problem", said, "set learning.python to a Python that runs")
+    except OSError as error:
+        said = f"{command[0]}, which is to {what}, can't be run: {error.strerror}"
+        return Finding("training", verdict, said, "set learning.python to a Python that runs")
+    except (ValueError, subprocess.SubprocessError) as error:
+        said = f"{command[0]}, which is to {what}, can't be asked: {error}"
+        return Finding("training", verdict, said, "set learning.python to a Python that runs")
     if missing:
         return Finding(
             "training",
-            "problem",
-            f"{command[0]} can't train encoders: it has no {', '.join(missing)}",
+            verdict,
+            f"{command[0]} can't {what}: it has no {', '.join(missing)}",
             "run `pip install 'understudy[train]'` there, or set learning.python to a Python that has them",
         )
-    return Finding("training", "ok", f"{command[0]} has what trains encoders")
+    return Finding("training", "ok", f"{command[0]} can {what}")

@@ -206,9 +206,17 @@ class TestFolders:
 
     def test_one_that_holds_nothing(self, write_log: Make, exchanges: Make, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
-        assert "is it the folder of a sentence encoder, and whole?" in self.held(
-            write_log, exchanges, tmp_path / "empty"
-        )
+        said = self.held(write_log, exchanges, tmp_path / "empty")
+        assert "config.json can't be read (No such file or directory); nor is there an export" in said
+
+    def test_weights_that_broke_off(self, write_log: Make, exchanges: Make, tmp_path: Path) -> None:
+        folder = tmp_path / "cut"
+        folder.mkdir()
+        for name in ("config.json", "tokenizer.json"):
+            (folder / name).write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"cut off")
+        said = self.held(write_log, exchanges, folder)
+        assert "model.safetensors isn't whole: copy or download it again; nor is there an export" in said
 
     def test_a_model_that_broke_off(self, write_log: Make, exchanges: Make, embedder: Path) -> None:
         data = (embedder / "model.onnx").read_bytes()
@@ -219,7 +227,8 @@ class TestFolders:
 
     def test_no_tokenizer(self, write_log: Make, exchanges: Make, embedder: Path) -> None:
         (embedder / "tokenizer.json").unlink()
-        assert "holds no model.onnx with tokenizer.json" in self.held(write_log, exchanges, embedder)
+        said = self.held(write_log, exchanges, embedder)
+        assert "nor is there an export, model.onnx with tokenizer.json" in said
 
     def test_an_export_in_a_folder_of_its_own(self, write_log: Make, exchanges: Make, embedder: Path) -> None:
         (embedder / "onnx").mkdir()
@@ -229,7 +238,7 @@ class TestFolders:
     def test_no_python_that_could_export_it(self, write_log: Make, exchanges: Make, embedder: Path) -> None:
         (embedder / "model.onnx").unlink()
         (embedder / "config.json").write_text("{}")
-        (embedder / "model.safetensors").write_bytes(b"")
+        (embedder / "pytorch_model.bin").write_bytes(b"")
         said = self.held(write_log, exchanges, embedder, python=Path("/nowhere/python"))
         assert "/nowhere/python can't be run" in said
         assert "learning.python" in said

@@ -17,12 +17,13 @@ from pydantic import SecretStr
 
 from gateway.doctor_local import check_configuration, check_disk
 from gateway.doctor_remote import check_redis
-from gateway.doctor_student import check_embedders, check_students
+from gateway.doctor_student import check_students
 from gateway.doctor_training import check_training
 from gateway.finding import Finding
 from serving.recording import Recorded, Recording
 from serving.settings import (
     CacheSettings,
+    LearningSettings,
     ServerSettings,
     Settings,
     StudentChoice,
@@ -256,20 +257,41 @@ def test_a_served_classifier(classifier: Start) -> None:
 
 
 def test_the_folder_of_a_sentence_encoder(tmp_path: Path) -> None:
-    def found(folder: Path) -> Finding:
+    bare = python_with_nothing(tmp_path)
+
+    def found(folder: Path) -> list[Finding]:
         choice = StudentChoice(features="embedding", embedder=folder)
         tasks = [TaskSettings(name=name, student=choice) for name in ("a", "b")]
-        (said,) = check_embedders(Settings(task=[*tasks, TaskSettings(name="c")]))
-        return said
+        learning = LearningSettings(python=bare)
+        return check_training(Settings(learning=learning, task=[*tasks, TaskSettings(name="c")]))
 
     whole = tmp_path / "whole"
     (whole / "onnx").mkdir(parents=True)
     (whole / "onnx" / "model.onnx").write_bytes(b"")
     (whole / "tokenizer.json").write_bytes(b"")
-    assert found(whole).verdict == "ok"
-    for folder, said in ((tmp_path, "and no config.json, no tokenizer.json"), (tmp_path / "no", "no folder")):
-        assert found(folder).verdict == "problem"
-        assert said in found(folder).said
+    assert [(said.check, said.verdict) for said in found(whole)] == [("student", "ok")] * 2
+    for folder, said in ((tmp_path, "nor is there an export"), (tmp_path / "no", "no folder")):
+        assert found(folder)[0].verdict == "problem"
+        assert said in found(folder)[0].said
+    # One that is yet to be exported needs a Python that can.
+    unexported = tmp_path / "unexported"
+    unexported.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (unexported / name).write_text("{}")
+    (unexported / "pytorch_model.bin").write_bytes(b"x")
+    assert [(said.check, said.verdict) for said in found(unexported)] == [
+        ("student", "ok"),
+        ("student", "ok"),
+        ("training", "warning"),
+    ]
+    assert "can't export sentence encoders: it has no torch" in found(unexported)[2].said
+
+
+def python_with_nothing(folder: Path) -> Path:
+    bare = folder / "bare"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    return bare
 
 
 def test_what_fine_tunes_encoders(tmp_path: Path) -> None:
@@ -286,10 +308,7 @@ def test_what_fine_tunes_encoders(tmp_path: Path) -> None:
         return said
 
     assert check_training(Settings()) == []
-    bare = tmp_path / "bare"
-    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # a Python that has nothing
-    bare.chmod(0o755)
-    problems = found(tmp_path / "nowhere", bare)["problem"]
+    problems = found(tmp_path / "nowhere", python_with_nothing(tmp_path))["problem"]
     assert any("there is no folder" in said for said in problems)
     assert any(
         "has no torch, transformers, onnx, onnxruntime, tokenizers → run `pip install 'understudy[train]'`"

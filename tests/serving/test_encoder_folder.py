@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.encoder_base import UnfitBase, check_base
+from serving.encoder_folder import UnfitEncoder, check_base
 
 
 @pytest.fixture
@@ -57,5 +57,5 @@ def cut(name: str, left: int) -> Callable[[Path], object]:
 )  # fmt: skip
 def test_what_wont_do_is_told(base: Path, damage: Callable[[Path], object], said: str) -> None:
     damage(base)
-    with pytest.raises(UnfitBase, match=said):
+    with pytest.raises(UnfitEncoder, match=said):
         check_base(base)
