@@ -40,7 +40,9 @@ def not_due(
             "not numeric",
         )
     labels = len(dataset.rows)
-    needed = labels_needed(past, policy.max_disagreement, policy.certainty, fence=fence)
+    until = past[-1].until if past else None
+    kept = None if until is None else sum(row.created <= until for row in dataset.rows)
+    needed = labels_needed(past, policy.max_disagreement, policy.certainty, fence=fence, kept=kept)
     begun = any(look.at >= fence for look in past)
     untrainable = dataset.left_out["teacher not marked trainable"]
     if labels == 0 and untrainable:

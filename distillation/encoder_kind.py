@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distillation.dataset import Dataset, Row, build_dataset, dataset_of, known_answers, token_estimate
-from distillation.kind import Progress, StudentSilent
+from distillation.kind import Progress, StillDue, StudentSilent, always
 from distillation.past import Past, read_past, redoable
 from distillation.scored import Scored
 from distillation.split import Split
@@ -79,12 +79,14 @@ class EncoderKind:
         return dataset_of(exchanges, self._policy, self._split(exchanges).judges)
 
     def prepare(
-        self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress
+        self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress, due: StillDue = always
     ) -> tuple[Mapping[str, Past], Dataset]:
         """Read the releases the traffic met, fine-tune, and have the student answer what judges it."""
         said = partial(_say, self._policy.name, progress)
         read = partial(read_past, self._store, self._policy.name, engines=self._engines)
         past, dataset = redoable(read, self._policy.name, dataset, progress)
+        if not due(dataset):
+            return past, dataset
         rows = self._training_rows(exchanges)
         space = AnswerSpace(known_answers(rows), token_estimate(rows), self._policy.student.sees)
         place = {answer.key: index for index, answer in enumerate(space.answers)}

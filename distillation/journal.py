@@ -42,12 +42,13 @@ class LookJournal:
             try:
                 serial, number, labels = int(entry["serial"]), int(entry["look"]), int(entry["labels"])
                 at = float(entry.get("at", 0.0))
+                until = None if entry.get("until") is None else float(entry["until"])
             except (KeyError, TypeError, ValueError):
                 continue
             if serial in looks:
                 # What came to pass before it ended, a withdrawal say, its labels knew nothing of.
-                at = looks[serial].at
-            looks[serial] = PastLook(number, labels, bool(entry.get("release")), at)
+                at, until = looks[serial].at, looks[serial].until
+            looks[serial] = PastLook(number, labels, bool(entry.get("release")), at, until)
         return looks
 
     def entries(self) -> list[Json]:
@@ -66,14 +67,17 @@ class LookJournal:
                 entries.append(entry)
         return entries
 
-    def begin(self, look: int, labels: int, *, read_at: float | None = None) -> int:
+    def begin(
+        self, look: int, labels: int, *, read_at: float | None = None, until: float | None = None
+    ) -> int:
         """Write down that a look is taken; returns its serial number, for `end`.
 
-        `read_at` is when its labels were read from the log, in seconds since the epoch; None: just now.
+        `read_at` is when its labels were read from the log, `until` when the request of the newest came, in seconds
+        since the epoch; None: just now, and not known.
         """
         serial = max(self._looks(), default=0) + 1
         at = time.time() if read_at is None else read_at
-        self._append({"serial": serial, "look": look, "labels": labels, "at": at})
+        self._append({"serial": serial, "look": look, "labels": labels, "at": at, "until": until})
         return serial
 
     def end(self, serial: int, look: int, labels: int, result: Json) -> None:

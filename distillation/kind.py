@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from distillation.gate import Look  # scikit-learn: imported only once a look is due
 
 Progress = Callable[[str], None]
+StillDue = Callable[[Dataset], bool]
+
+
+def always(_: Dataset) -> bool:
+    """Whatever is left, a look is taken."""
+    return True
 
 
 class StudentSilent(UnderstudyError):
@@ -39,11 +45,12 @@ class Kind(Protocol):
         ...
 
     def prepare(
-        self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress
+        self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress, due: StillDue = always
     ) -> tuple[Mapping[str, Past], Dataset]:
         """The releases the traffic met, and the dataset without what can't be used after all.
 
-        Raises StudentSilent or ErasedMeanwhile: no look can be taken.
+        What takes long is only begun if a look is still `due` with what is left: else it would be done in vain, again
+        and again. Raises StudentSilent or ErasedMeanwhile: no look can be taken.
         """
         ...
 
@@ -104,16 +111,17 @@ class LinearKind:
         return dataset_of(exchanges, self._policy, split.judges)
 
     def prepare(
-        self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress
+        self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress, due: StillDue = always
     ) -> tuple[Mapping[str, Past], Dataset]:
         """The releases on disk; the traffic of those that can't be redone is left out."""
-        if self._load_encoder is not None:
+        read = partial(read_past, self._store, self._policy.name, engines=self._engines)
+        past, dataset = redoable(read, self._policy.name, dataset, progress)
+        if self._load_encoder is not None and due(dataset):
             try:
                 self._encoder = self._load_encoder(lambda said: progress(f"{self._policy.name}: {said}"))
             except (UnfitEncoder, ConfigError) as error:
                 raise StudentSilent(str(error)) from error
-        read = partial(read_past, self._store, self._policy.name, engines=self._engines)
-        return redoable(read, self._policy.name, dataset, progress)
+        return past, dataset
 
     def features_of(self, progress: Progress) -> FeaturesOf:
         """What makes of texts what students are fitted to; `progress` hears of it. Once it is prepared."""

@@ -139,7 +139,12 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         past: Mapping[str, Past] = {}
         if waiting is None:
             try:
-                past, dataset = kind.prepare(dataset, exchanges, progress)
+                past, dataset = kind.prepare(
+                    dataset,
+                    exchanges,
+                    progress,
+                    lambda left: not_due(left, journal.past(), policy, fence=fence) is None,
+                )
             except (StudentSilent, ErasedMeanwhile, ConfigError) as error:
                 return Lesson(task, "held", f"no look was taken: {error}", len(dataset.rows))
             waiting = not_due(dataset, journal.past(), policy, fence=fence)  # less may be left
@@ -207,7 +212,7 @@ def _look(
 
     store = ReleaseStore(settings.state_dir)
     labels, number = len(dataset.rows), next_look(journal.past())
-    serial = journal.begin(number, labels, read_at=read_at)
+    serial = journal.begin(number, labels, read_at=read_at, until=_newest(dataset.rows))
     look = kind.look(
         dataset,
         past,
@@ -273,7 +278,7 @@ def _freeze(
 
     task = policy.name
     labels, number = len(dataset.rows), next_look(journal.past())
-    serial = journal.begin(number, labels, read_at=read_at)
+    serial = journal.begin(number, labels, read_at=read_at, until=_newest(dataset.rows))
 
     def told(step: str) -> None:
         progress(f"{task}: {step} ({labels} labels)")
@@ -343,6 +348,10 @@ def _message(outcome: str, release: str | None, card: Json, policy: TaskSettings
         f"not yet: at {last['coverage']:.0%} coverage {share:.1%} of {last['accepted']} labels disagree, "
         f"p = {last['p_value']:.3f} where {card['delta']:.4f} is needed for {promise}"
     )
+
+
+def _newest(rows: Sequence[Row]) -> float | None:
+    return max((row.created for row in rows), default=None)
 
 
 def _waiting_time(rows: Sequence[Row], needed: int) -> str:

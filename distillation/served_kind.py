@@ -20,7 +20,7 @@ from distillation.ahead import Ahead
 from distillation.as_served import AsServed, Known, as_served, columns
 from distillation.asking import ask
 from distillation.dataset import Dataset, Row, dataset_of
-from distillation.kind import Progress, StudentSilent
+from distillation.kind import Progress, StillDue, StudentSilent, always
 from distillation.named_answers import answer_terms
 from distillation.past import Past, read_past, redoable
 from distillation.refused import Refused
@@ -88,29 +88,34 @@ class ServedKind:
         return dataset_of(exchanges, self._policy, split.judges)
 
     def prepare(
-        self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress
+        self, dataset: Dataset, exchanges: Sequence[Exchange], progress: Progress, due: StillDue = always
     ) -> tuple[Mapping[str, Past], Dataset]:
-        """Have every row answered, by the log, by what was kept, or by asking; then read the releases.
+        """Read the releases, then have every row answered, by the log, by what was kept, or by asking.
 
         Traffic of a release with another student of this kind is left out: what that would make of the other rows
         isn't known.
         """
         self._kept.keep_only({exchange.id for exchange in exchanges})
         own = self._own_releases(dataset)
+        self._answered = {}
+        past, dataset = redoable(lambda name: self._read(name, own), self._policy.name, dataset, progress)
+        if not due(dataset):
+            return past, dataset
         answers = {**self._kept.read(), **_logged(exchanges, own)}
         missing = [row for row in dataset.rows if row.id not in answers]
         if missing:
             with self._shelf.in_use() if self._adapter is not None else nullcontext():
                 asyncio.run(self._ask(missing, answers, progress))
-        self._answered = {
-            row.id: self._compared(row, answers[row.id]) for row in dataset.rows if row.id in answers
-        }
+        # The releases that were read hold this very mapping.
+        self._answered.update(
+            (row.id, self._compared(row, answers[row.id])) for row in dataset.rows if row.id in answers
+        )
         if not any(math.isfinite(one.answer.score) for one in self._answered.values()):
             raise StudentSilent(
                 f"{self._plan.model} gives no log-probabilities, and without them nothing tells "
                 "how sure it is; use a server that gives them (logprobs), such as vLLM, or set student.samples"
             )
-        return redoable(lambda name: self._read(name, own), self._policy.name, dataset, progress)
+        return past, dataset
 
     def given(self, exchanges: Sequence[Exchange]) -> list[StudentAnswer]:
         """Its answers to the rows, whether it gave them then or was asked now."""

@@ -32,13 +32,15 @@ _ENOUGH_TO_ERR = 3
 class PastLook:
     """A look that was taken: its number since the last release, the labels it had, and whether it made a release.
 
-    `at` is when its labels were read, in seconds since the epoch.
+    `at` is when its labels were read, `until` when the request of the newest came (None: it isn't known), in seconds
+    since the epoch.
     """
 
     look: int
     labels: int
     released: bool
     at: float = field(default=0.0, compare=False)
+    until: float | None = field(default=None, compare=False)
 
 
 def spent(look: int, delta: float) -> float:
@@ -52,19 +54,29 @@ def next_look(past: Sequence[PastLook]) -> int:
 
 
 def labels_needed(
-    past: Sequence[PastLook], max_disagreement: float, certainty: float, *, fence: float = 0.0
+    past: Sequence[PastLook],
+    max_disagreement: float,
+    certainty: float,
+    *,
+    fence: float = 0.0,
+    kept: int | None = None,
 ) -> int:
     """How many labels the next look needs.
 
-    The first: enough for a level of 40 % to be able to pass. Later ones: `GROWTH` times those of the last. Labels from
-    before `fence`, when a release was withdrawn, don't count any more, so that the first look after it is a first one
-    again. What looks have spent stays spent.
+    The first: enough for a level of 40 % to be able to pass. Later ones: `GROWTH` times those of the last, as far as
+    they count today. `kept` is how many labels there are from before the last look (None: all that it had): another
+    kind of student may be judged on fewer, one was trained on them, or they are too old to be kept. Else it would take
+    many times the traffic until what is new is a quarter, or for ever. Labels from before `fence`, when a release was
+    withdrawn, don't count any more, so that the first look after it is a first one again. What looks have spent stays
+    spent.
     """
     fresh = [look for look in past if look.at >= fence]
-    if fresh:
-        return math.ceil(fresh[-1].labels * GROWTH)
-    first = Promise(max_disagreement, 1.0 - spent(next_look(past), 1.0 - certainty))
-    return math.ceil(first.least_accepted / _FIRST_COVERAGE)
+    grown = math.ceil(fresh[-1].labels * GROWTH) if fresh else math.inf
+    if fresh and (kept is None or kept >= fresh[-1].labels):
+        return int(grown)
+    promise = Promise(max_disagreement, 1.0 - spent(next_look(past), 1.0 - certainty))
+    first = math.ceil(promise.least_accepted / _FIRST_COVERAGE)
+    return int(min(grown, max(first, math.ceil((kept or 0) * GROWTH)))) if fresh else first
 
 
 def tested_grid(labels: float, least_accepted: int) -> list[float]:

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -683,6 +684,18 @@ def text_files() -> Callable[..., dict[str, bytes]]:
         return {"model.onnx": model.SerializeToString(), "tokenizer.json": json.dumps(tokenizer).encode()}
 
     return make
+
+
+@pytest.fixture
+def encoder_base(tmp_path: Path) -> Path:
+    """What looks like an encoder as long as nobody loads it."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    (folder / "tokenizer.json").write_text("{}")
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    return folder
 
 
 @pytest.fixture

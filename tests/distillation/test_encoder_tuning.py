@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,18 +25,6 @@ def state(write_log: Make, exchanges: Make) -> Path:
     ]
     written: Path = write_log(exchanges(pairs))
     return written
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """What looks like an encoder as long as nobody loads it."""
-    folder = tmp_path / "base"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "bert"}')
-    (folder / "tokenizer.json").write_text("{}")
-    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-    return folder
 
 
 def lesson(state: Path, base: Path, python: Path | None = None) -> Lesson:
@@ -83,9 +69,9 @@ def test_a_base_that_isnt_there(state: Path, tmp_path: Path) -> None:
     nothing_is_left(state)
 
 
-def test_a_python_without_what_trains(state: Path, base: Path, tmp_path: Path) -> None:
+def test_a_python_without_what_trains(state: Path, encoder_base: Path, tmp_path: Path) -> None:
     bare = python(tmp_path, f'exec {sys.executable} -S "$@"')  # without its site-packages
-    found = lesson(state, base, bare)
+    found = lesson(state, encoder_base, bare)
     assert found.outcome == "held"
     assert found.message == (
         f"no look was taken: {bare} has no module tokenizers: run `pip install 'understudy[train]'` there, or set "
@@ -94,11 +80,11 @@ def test_a_python_without_what_trains(state: Path, base: Path, tmp_path: Path) -
     nothing_is_left(state)
 
 
-def test_one_that_is_killed_in_the_middle(state: Path, base: Path, tmp_path: Path) -> None:
+def test_one_that_is_killed_in_the_middle(state: Path, encoder_base: Path, tmp_path: Path) -> None:
     killed = python(
         tmp_path, 'echo \'{"progress": {"epoch": 1, "epochs": 4, "loss": 1, "seconds_left": 9}}\'; kill -9 $$'
     )
-    found = lesson(state, base, killed)
+    found = lesson(state, encoder_base, killed)
     assert found.outcome == "held"
     assert found.message == (
         "no look was taken: encoder_training.py was killed, as the system does when memory runs out"
@@ -111,8 +97,8 @@ def test_one_that_is_killed_in_the_middle(state: Path, base: Path, tmp_path: Pat
     assert (again.outcome, again.labels) == ("released", 300), "the labels are all there"
 
 
-def test_a_damaged_base(state: Path, base: Path, torch_python: Path) -> None:
-    found = lesson(state, base, torch_python)
+def test_a_damaged_base(state: Path, encoder_base: Path, torch_python: Path) -> None:
+    found = lesson(state, encoder_base, torch_python)
     assert found.outcome == "held"
-    assert f"{base}: tokenizer.json can't be read: " in found.message
+    assert f"{encoder_base}: tokenizer.json can't be read: " in found.message
     nothing_is_left(state)

@@ -52,6 +52,13 @@ def test_a_look_is_as_old_as_the_labels_it_read(journal: LookJournal) -> None:
     assert [look.at for look in journal.past()] == [5.0]
 
 
+def test_a_look_knows_its_newest_label(journal: LookJournal) -> None:
+    serial = journal.begin(1, 70, until=4.5)
+    journal.end(serial, 1, 70, {"outcome": "held", "release": None})
+    journal.begin(2, 90)
+    assert [look.until for look in journal.past()] == [4.5, None]
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -52,6 +52,17 @@ def test_a_later_look_needs_the_labels_to_have_grown(labels: int, released: bool
     assert needed <= labels * GROWTH + 1
 
 
+@given(st.integers(1, 10**6), st.integers(0, 10**6), st.floats(0.01, 0.3))
+def test_of_the_last_look_count_the_labels_that_count_today(labels: int, kept: int, alpha: float) -> None:
+    past = [PastLook(1, labels, True)]
+    needed = labels_needed(past, alpha, 0.9, kept=kept)
+    assert needed > min(kept, labels), "never the same labels twice"
+    assert needed <= labels_needed(past, alpha, 0.9), "never later than by all that it had"
+    first = labels_needed([], alpha, 0.9)
+    assert needed <= max(first, math.ceil(kept * GROWTH)) or kept >= labels
+    assert needed >= min(first, labels_needed(past, alpha, 0.9))
+
+
 def test_the_grid_goes_from_strict_to_loose_in_steps_of_five_percent() -> None:
     assert list(GRID) == sorted(GRID)
     assert (GRID[0], GRID[-1]) == (0.2, 1.0)
