@@ -107,6 +107,7 @@ class Keeper:
                 group.create_task(self._keep_house())
                 group.create_task(self._keep_watch())
                 group.create_task(self._keep_learning())
+                group.create_task(self._keep_adapters())
 
     async def _keep_house(self) -> None:
         while True:
@@ -116,7 +117,6 @@ class Keeper:
                 if sealed:
                     log.info("sealed %d segments of processes that are gone", sealed)
                 await self._remove_expired()
-                await self._adapters.look()
                 taken = self._audits.take_up(await asyncio.to_thread(self.leftovers))
                 if taken:
                     log.info("took up %d audits that were left over", taken)
@@ -134,6 +134,15 @@ class Keeper:
             except Exception:
                 log.exception("watching the live releases failed; trying again")
             await asyncio.sleep(max(_WATCH_EVERY_S, (time.monotonic() - began) / _BUSY_SHARE))
+
+    async def _keep_adapters(self) -> None:
+        """Beside the rest: a server that is away keeps whoever tells it something waiting."""
+        while True:
+            try:
+                await self._adapters.look()
+            except Exception:
+                log.exception("looking for adapters that nobody needs failed; trying again")
+            await asyncio.sleep(self._look_every_s)
 
     async def _keep_learning(self) -> None:
         while True:

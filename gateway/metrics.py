@@ -112,6 +112,7 @@ class Metrics:
         self._server_up = self._gauge(
             names.METRIC_SERVER_UP, "1 while a server of student.vllm is there.", ("server",)
         )
+        self._servers: frozenset[str] = frozenset()
         self._server_restarts = self._gauge(
             names.METRIC_SERVER_RESTARTS,
             "How often the vLLM that `serve --vllm` runs was started again.",
@@ -312,10 +313,16 @@ class Metrics:
         self._upstream_errors.labels(upstream, kind).inc()
 
     def record_servers(self, pool: Pool) -> None:
-        """Note which of the students' servers are there."""
-        for server, is_up in pool.states().items():
+        """Note which of the students' servers are there; those that aren't wanted any more are no news."""
+        states = pool.states()
+        for server in self._servers - states.keys():
+            self._forget(self._server_up, server)
+            if server == OURS:
+                self._forget(self._server_restarts, server)
+        self._servers = frozenset(states)
+        for server, is_up in states.items():
             self._server_up.labels(server).set(is_up)
-        if OURS in pool.states():
+        if OURS in states:
             self._server_restarts.labels(OURS).set(pool.restarts())
 
     def record_breaker(self, requests: str, state: int) -> None:
@@ -426,6 +433,13 @@ class Metrics:
         """Make a histogram that every request adds to, always in the event loop."""
         kind = Histogram if self._shared else Distribution
         return kind(name, text, labels, buckets=buckets, registry=self._registry)
+
+    def _forget(self, gauge: Gauge, *labels: str) -> None:
+        """Take a series out; out of the files that workers share it can't be, and says nothing there."""
+        if self._shared:
+            gauge.labels(*labels).set(float("nan"))
+        else:
+            gauge.remove(*labels)
 
     def _gauge(self, name: str, text: str, labels: Sequence[str]) -> Gauge:
         return Gauge(name, text, labels, registry=self._registry, multiprocess_mode="mostrecent")

@@ -21,6 +21,7 @@ FIXED = (
     "server.workers",
     "server.receive_timeout_s",
     "student.onnx",
+    "student.adapters_at",
     "log.durability",
     "log.segment_bytes",
     "log.max_waiting_bytes",

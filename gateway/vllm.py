@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from gateway.reload import reloadable
 from gateway.vllm_log import VllmLog
 from gateway.vllm_probe import VllmProbe
 from serving import leash
@@ -87,8 +88,11 @@ class Vllm:
         self._thread.join()
 
     def adopt(self, settings: Settings) -> None:
-        """Go on by a reloaded configuration: the child stays if its own settings are the same."""
-        self._tell(settings, ended=False)
+        """Go on by a reloaded configuration: the child stays if its own settings are the same.
+
+        What only a restart changes stays, whoever was told of it.
+        """
+        self._tell(reloadable(self._settings, settings)[0], ended=False)
 
     def _tell(self, settings: Settings, *, ended: bool) -> None:
         def take() -> None:

@@ -93,8 +93,13 @@ class AdapterShelf:
             return
         self._disk.make_directory(self._folder)
         line = orjson.dumps(server) + b"\n"
-        with (self._folder / f"{self._of(name).name}{_SERVERS}").open("ab") as file:
-            file.write(line)
+        noted = self._folder / f"{self._of(name).name}{_SERVERS}"
+        # Not for everybody to read: a base URL may hold credentials.
+        fd = os.open(noted, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        try:
+            self._disk.write(fd, line)
+        finally:
+            os.close(fd)
 
     def servers(self, name: str) -> list[Loaded]:
         """The servers that were told to load an adapter. A line that can't be read is none."""

@@ -44,7 +44,10 @@ class AdapterTidying:
         unneeded = await asyncio.to_thread(unneeded_adapters, self._state_dir, self._shelf)
         self._since = {name: self._since.get(name, now) for name in unneeded}
         due = [name for name, since in self._since.items() if now - since >= self._after_s]
-        return await tidy(self._state_dir, self._shelf, due) if due else []
+        if not due:
+            return []
+        self._since.update(dict.fromkeys(due, now))  # one whose server is away is tried again after as long
+        return await tidy(self._state_dir, self._shelf, due)
 
 
 def unneeded_adapters(state_dir: Path, shelf: AdapterShelf) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from serving.settings import LogSettings
 
 __all__ = ["EventLog", "LogReader", "ReadResult", "seal_abandoned"]
 
+log = logging.getLogger("understudy.log")
+
 _LOOK_EVERY_S = 0.5
 
 
@@ -45,10 +48,16 @@ class _Batch:
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
     def end(self, error: OSError | None) -> None:
-        """Tell everyone. One error object can't be raised by many: each raise adds to its traceback."""
+        """Tell everyone, whatever one of them makes of it.
+
+        One error object can't be raised by many: each raise adds to its traceback.
+        """
         self.done.set()
         for over in self.told:
-            over(None if error is None else _again(error))
+            try:
+                over(None if error is None else _again(error))
+            except Exception:
+                log.exception("the end of writing an event was told to somebody who failed over it")
 
 
 class EventLog:

@@ -249,10 +249,10 @@ class VllmSettings(Section):
     @classmethod
     def _leave_what_is_ours(cls, value: list[str]) -> list[str]:
         for flag in value:
-            if flag.partition("=")[0] in _OUR_VLLM_FLAGS:
+            name = flag.partition("=")[0].replace("_", "-")  # vLLM takes either
+            if name in _OUR_VLLM_FLAGS:
                 raise ValueError(
-                    f"should leave out {flag.partition('=')[0]}: "
-                    "where it listens, and with which key, the gateway has to know"
+                    f"should leave out {name}: where it listens, and with which key, the gateway has to know"
                 )
         return value
 

@@ -6,7 +6,6 @@ to all, as each release finds out by its checksums when it is read.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +27,14 @@ def write_shared(path: Path, data: bytes, checksum: str, *, state_dir: Path, dis
     """
     if len(data) >= WORTH_SHARING:
         for there in _named_so(checksum, state_dir):
-            # Whatever is wrong with it, or with a second name: another file system, too many names.
-            with contextlib.suppress(OSError):
-                if _is_intact(there, checksum):
-                    disk.link(there, path)
-                    return
+            try:
+                disk.link(there, path)
+            except OSError:
+                continue  # it has gone, is on another file system, has too many names
+            # Only now: before, it could become another file between the look and the link.
+            if _is_intact(path, checksum):
+                return
+            disk.remove(path)
     disk.write_file(path, data)
 
 
@@ -48,5 +50,8 @@ def _named_so(checksum: str, state_dir: Path) -> Iterator[Path]:
 
 
 def _is_intact(path: Path, checksum: str) -> bool:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == checksum
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == checksum
+    except OSError:
+        return False

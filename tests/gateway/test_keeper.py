@@ -35,6 +35,17 @@ def test_the_lock_makes_one_keeper(
     eventually(lambda: not abandoned.exists())
 
 
+def test_adapters_that_cant_be_looked_after_hold_up_nothing_else(
+    stand_in: Start, gateway: Start, eventually: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state" / "adapters" / "understudy-0123456789ab").mkdir(parents=True)
+    (tmp_path / "state" / "tasks" / "odd" / "live").mkdir(parents=True)  # where a file should be
+    began = time.time()
+    running = gateway(stand_in({}).url)
+    eventually(lambda: running.metric("understudy_keeper_round_timestamp_seconds") >= began)
+    eventually(lambda: "adapters" in caplog.text)
+
+
 def test_it_learns_when_the_log_has_grown(
     stand_in: Start, gateway: Start, eventually: Start, caplog: pytest.LogCaptureFixture
 ) -> None:

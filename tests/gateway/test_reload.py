@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gateway.reload import FIXED, Generation, reloadable
-from serving.settings import LogSettings, ServerSettings, Settings
+from serving.settings import LogSettings, ServerSettings, Settings, StudentSettings
 
 Start = Callable[..., Any]
 
@@ -30,6 +30,15 @@ def test_what_is_fixed_stays_and_is_named(tmp_path: Path) -> None:
     assert settings.server.port == old.server.port
     assert settings.server.max_tasks == 7
     assert reloadable(old, old) == (old, [])
+
+
+def test_where_servers_see_adapters_takes_a_restart(tmp_path: Path) -> None:
+    # The shelf that says so lasts as long as the gateway.
+    old = Settings(state_dir=tmp_path)
+    new = Settings(state_dir=tmp_path, student=StudentSettings(adapters_at=Path("/mnt/adapters")))
+    settings, kept = reloadable(old, new)
+    assert kept == ["student.adapters_at"]
+    assert settings.student.adapters_at is None
 
 
 def test_every_fixed_key_exists() -> None:

@@ -190,6 +190,18 @@ def test_a_reload_keeps_it_unless_its_own_settings_change(pretend_vllm: Any, eve
         eventually(lambda: pretend_vllm.place() is None)
 
 
+def test_a_reload_leaves_it_in_its_state_directory(
+    pretend_vllm: Any, eventually: Make, tmp_path: Path
+) -> None:
+    with Vllm(pretend_vllm.settings(), rhythm=QUICK) as vllm:
+        eventually(lambda: pretend_vllm.phase() == "ready")
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        vllm.adopt(pretend_vllm.settings(max_model_len=64).model_copy(update={"state_dir": elsewhere}))
+        eventually(lambda: len(pretend_vllm.starts()) == 2 and pretend_vllm.phase() == "ready")
+        assert list(elsewhere.iterdir()) == []
+
+
 def test_what_it_says_is_logged_without_keys_and_without_end(
     pretend_vllm: Any, eventually: Make, caplog: pytest.LogCaptureFixture
 ) -> None:

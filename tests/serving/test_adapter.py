@@ -199,6 +199,12 @@ class TestShelf:
             file.write(b'{"base_url":"http://to')
         assert shelf.servers(adapter.name) == servers
 
+    def test_who_was_told_isnt_for_everybody(self, tmp_path: Path, adapter: Adapter) -> None:
+        shelf = AdapterShelf(tmp_path / "state")
+        shelf.note(adapter.name, Loaded("http://user:password@a/v1", None))
+        noted = tmp_path / "state" / "adapters" / f"{adapter.name}.servers"
+        assert noted.stat().st_mode & 0o007 == 0
+
     def test_a_server_may_see_it_elsewhere(self, tmp_path: Path, adapter: Adapter) -> None:
         shelf = AdapterShelf(tmp_path / "state", seen_at=Path("/mnt/adapters"))
         assert shelf.path(adapter.name) == f"/mnt/adapters/{adapter.name}"

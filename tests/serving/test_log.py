@@ -231,6 +231,26 @@ def test_a_full_disk_fails_everyone_who_waits_and_the_next_append_succeeds(tmp_p
     assert (result.damaged, result.segments) == (0, 2)
 
 
+def test_one_that_cant_take_note_of_its_end_keeps_nobody_else_from_theirs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        log = EventLog(tmp_path, LogSettings())
+
+        def fails(_: OSError | None) -> None:
+            raise RuntimeError("no room for a number")
+
+        log.add("t", event("a"), fails)
+        async with asyncio.timeout(20):
+            await log.append("t", event("b"))  # the same batch
+            await log.append("t", event("c"))
+        await log.aclose()
+
+    asyncio.run(run())
+    assert sorted(ids(tmp_path)) == ["a", "b", "c"]
+    assert "no room for a number" in caplog.text
+
+
 def test_a_directory_that_can_not_be_made_is_an_oserror_until_it_can(tmp_path: Path) -> None:
     async def run() -> None:
         log = EventLog(tmp_path, LogSettings())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.metrics import Metrics
 from routers.meter import TokenMeter
 from serving.engines import Engines
 from serving.errors import ConfigError, UpstreamBroken, UpstreamRefused, UpstreamTimeout
@@ -237,6 +239,33 @@ def test_nobody_waits_for_the_first_look_at_another(serve: Serve, tmp_path: Path
         try:
             async with asyncio.timeout(4):  # a look is given up after five
                 assert await ask(pool) == "well"
+        finally:
+            await pool.aclose()
+
+    asyncio.run(play())
+
+
+def test_a_server_that_is_no_longer_to_be_there_isnt_counted(serve: Serve, tmp_path: Path) -> None:
+    gone, stays = Server(serve, "gone"), Server(serve, "stays")
+    gone.healthy = False
+    metrics = Metrics()
+
+    def servers() -> dict[str, str]:
+        said = re.findall(
+            r'^understudy_student_server_up{server="(.*)"} (.*)$', metrics.exposition().decode(), re.M
+        )
+        return dict(said)
+
+    async def play() -> None:
+        urls = [gone.url, stays.url]
+        pool = Pool(tmp_path, VllmSettings(urls=urls), on_look=metrics.record_servers, look_every_s=0.05)
+        try:
+            await pool.members()
+            assert servers() == {gone.url[7:]: "0.0", stays.url[7:]: "1.0"}
+            pool.adopt(VllmSettings(urls=[stays.url]))
+            await until(lambda: servers() == {stays.url[7:]: "1.0"})
+            pool.adopt(None)
+            await until(lambda: servers() == {})
         finally:
             await pool.aclose()
 

@@ -432,6 +432,7 @@ class TestVllm:
             ({"model": "m", "api_key_env": "K"}, "gets a key of its own"),
             ({"urls": ["http://x"], "api_key_env": "sk-1"}, "should be the name of the environment variable"),
             ({"model": "m", "args": ["--port=9"]}, "should leave out --port"),
+            ({"model": "m", "args": ["--api_key", "k"]}, "should leave out --api-key"),
             ({"model": "m", "max_loras": 2}, "max_loras without enable_lora"),
             ({"model": "m", "gpu_memory_utilization": 1.5}, "less than or equal to 1"),
             (

@@ -67,6 +67,23 @@ class FarDisk(Disk):
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
 
+class RacingDisk(Disk):
+    """Whatever gets a second name is another file by then: its release was just rewritten."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.state_dir = state_dir
+
+    def link(self, source: Path, target: Path) -> None:
+        ReleaseStore(self.state_dir).rewrite("a", "r0001", {"model.onnx": MODEL[::-1]})
+        super().link(source, target)
+
+
+def test_a_release_that_is_rewritten_at_that_moment_isnt_built_on(tmp_path: Path) -> None:
+    ReleaseStore(tmp_path).write("a", FILES, {})
+    store = ReleaseStore(tmp_path, disk=RacingDisk(tmp_path))
+    assert store.read("b", store.write("b", FILES, {})).files == FILES
+
+
 def test_where_a_file_can_have_one_name_only_it_is_copied(tmp_path: Path) -> None:
     store = ReleaseStore(tmp_path, disk=FarDisk())
     for _ in range(2):
