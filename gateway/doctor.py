@@ -16,6 +16,7 @@ from gateway.doctor_local import check_configuration, check_disk, check_machine,
 from gateway.doctor_remote import check_redis, check_teacher
 from gateway.doctor_student import check_students
 from gateway.doctor_training import check_training
+from gateway.doctor_vllm import check_vllm_start
 from gateway.finding import Finding, Verdict
 from serving.settings import Settings
 
@@ -36,6 +37,7 @@ def examine(settings: Settings, *, file: Path, ask: bool) -> list[Finding]:
     findings += check_machine(settings)
     findings += check_disk(settings.state_dir)
     findings += check_training(settings)
+    findings += check_vllm_start(settings)
     findings += asyncio.run(_remote(settings, ask=ask))
     return findings
 

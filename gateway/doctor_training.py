@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from gateway.finding import Finding, Verdict
+from gateway.other_python import PythonSilent, missing_modules
 from serving.encoder_folder import EmbedderFolder, UnfitEncoder, check_base
 from serving.settings import Settings
 
 _SERVES = ("onnxruntime", "tokenizers")
 _TRAINS = ("torch", "transformers", "onnx", "onnxruntime", "tokenizers")
-_LISTING = (
-    "import importlib.util as u, json, sys\n"
-    "print(json.dumps([name for name in sys.argv[1:] if u.find_spec(name) is None]))"
-)
-_TIMEOUT_S = 30.0
 
 
 def check_training(settings: Settings) -> list[Finding]:
@@ -73,24 +67,17 @@ def _serves() -> Finding:
 
 
 def _trains(python: Path | None, what: str, verdict: Verdict) -> Finding:
-    """Ask the Python that trains for what it lacks, without importing any of it: torch alone takes seconds."""
-    command = [sys.executable if python is None else str(python), "-P", "-c", _LISTING, *_TRAINS]
+    runs = sys.executable if python is None else str(python)
     try:
-        asked = subprocess.run(  # noqa: S603 - a line of our own, under the Python that the operator names
-            command, capture_output=True, timeout=_TIMEOUT_S, check=True
-        )
-        missing = [str(name) for name in json.loads(asked.stdout)]
-    except OSError as error:
-        said = f"{command[0]}, which is to {what}, can't be run: {error.strerror}"
-        return Finding("training", verdict, said, "set learning.python to a Python that runs")
-    except (ValueError, subprocess.SubprocessError) as error:
-        said = f"{command[0]}, which is to {what}, can't be asked: {error}"
+        missing = missing_modules(runs, _TRAINS)
+    except PythonSilent as error:
+        said = f"{runs}, which is to {what}, can't be asked: {error}"
         return Finding("training", verdict, said, "set learning.python to a Python that runs")
     if missing:
         return Finding(
             "training",
             verdict,
-            f"{command[0]} can't {what}: it has no {', '.join(missing)}",
+            f"{runs} can't {what}: it has no {', '.join(missing)}",
             "run `pip install 'understudy[train]'` there, or set learning.python to a Python that has them",
         )
-    return Finding("training", "ok", f"{command[0]} can {what}")
+    return Finding("training", "ok", f"{runs} can {what}")

@@ -32,7 +32,7 @@ from gateway.vllm_log import VllmLog
 from gateway.vllm_probe import VllmProbe
 from serving import leash
 from serving.settings import Settings, VllmSettings
-from serving.vllm_command import command_of, environment_of, served_name
+from serving.vllm_command import INSTALL_VLLM, command_of, environment_of, not_there, served_name
 from serving.vllm_place import Phase, VllmPlace, lock_file, remove_place, write_place
 
 log = logging.getLogger("understudy.vllm")
@@ -41,6 +41,7 @@ _LOCK_EVERY_S = 1.0
 _MOST_DOUBLINGS = 10
 _LONGEST_PAUSE_S = 60.0
 _EXIT_EVERY_S = 0.1
+_NO_VLLM = "No module named 'vllm'"
 _LEASH_S = 5.0
 """What the leash may take beyond the grace time."""
 
@@ -193,6 +194,9 @@ class _Life:
 
     async def live(self, changed: asyncio.Event) -> str | None:
         """Run it until it ends or something changes; return why it ended, None if that was our will."""
+        missing = not_there(self._vllm)
+        if missing is not None:
+            return f"can't be started: {missing}"
         try:
             leash_, output = await self._started()
         except OSError as error:
@@ -313,7 +317,8 @@ class _Life:
             name = signal.Signals(by).name
             hint = ": out of memory, perhaps" if name == "SIGKILL" else ""
             return f"by {name}{hint}; last it said: {self._log.why()}"
-        return f"with exit code {code}: {self._log.why()}"
+        why = self._log.why()
+        return f"with exit code {code}: {why}{f'; {INSTALL_VLLM}' if _NO_VLLM in why else ''}"
 
 
 async def _exited(child: asyncio.subprocess.Process) -> int:

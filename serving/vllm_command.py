@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from serving.errors import ConfigError
 from serving.settings import ENV_PREFIX, Settings, VllmSettings
@@ -13,6 +15,8 @@ _SERVER = "vllm.entrypoints.openai.api_server"
 _NOT_PASSED_ON = ("PROMETHEUS_MULTIPROC_DIR", "OPENAI_API_KEY", "VLLM_API_KEY")
 """What would mix its metrics with ours, and keys that are none of its business."""
 _OF_OUR_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+
+INSTALL_VLLM = "install vLLM there (pip install vllm), or name the Python that has it: student.vllm.python"
 
 
 def check_vllm(settings: Settings) -> None:
@@ -27,6 +31,19 @@ def check_vllm(settings: Settings) -> None:
         raise ConfigError(
             "--vllm starts a vLLM here, and student.vllm.urls names servers that others run: leave one of the two out"
         )
+
+
+def not_there(vllm: VllmSettings) -> str | None:
+    """What the settings name and isn't there, for a person: vLLM itself says it late, and at length."""
+    if vllm.python is not None and shutil.which(vllm.python) is None:
+        return (
+            f"student.vllm.python: {vllm.python} isn't there, or can't be run: name the Python of the environment "
+            "that vLLM is installed in"
+        )
+    model = vllm.model or ""
+    if model.startswith(("/", ".", "~")) and not Path(model).exists():
+        return f"student.vllm.model: there is no {model}: name the folder of a model, from / on"
+    return None
 
 
 def served_name(vllm: VllmSettings) -> str:

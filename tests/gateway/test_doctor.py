@@ -19,6 +19,7 @@ from gateway.doctor_local import check_configuration, check_disk
 from gateway.doctor_remote import check_redis
 from gateway.doctor_student import check_students
 from gateway.doctor_training import check_training
+from gateway.doctor_vllm import check_vllm_start
 from gateway.finding import Finding
 from serving.recording import Recorded, Recording
 from serving.settings import (
@@ -285,6 +286,26 @@ def test_the_folder_of_a_sentence_encoder(tmp_path: Path) -> None:
         ("training", "warning"),
     ]
     assert "can't export sentence encoders: it has no torch" in found(unexported)[2].said
+
+
+def test_the_vllm_that_is_to_be_run(tmp_path: Path) -> None:
+    def found(**vllm: Any) -> list[tuple[str, str]]:
+        settings = Settings.model_validate({"student": {"vllm": {"model": str(tmp_path), **vllm}}})
+        return [(said.verdict, f"{said.said} → {said.advice}") for said in check_vllm_start(settings)]
+
+    ((verdict, said),) = found(python=str(python_with_nothing(tmp_path)))
+    assert (verdict, "has no vLLM → install vLLM there (pip install vllm)" in said) == ("problem", True)
+    ((verdict, said),) = found(python="/nowhere/python")
+    assert (verdict, "/nowhere/python isn't there" in said) == ("problem", True)
+    ((verdict, said),) = found(python=sys.executable, model="/nowhere/model")
+    assert (verdict, "there is no /nowhere/model" in said) == ("problem", True)
+    ((verdict, said),) = found(python="/bin/false")
+    assert (verdict, "/bin/false can't be asked for vLLM" in said) == ("problem", True)
+    has = tmp_path / "python"
+    has.write_text(f'#!{sys.executable}\nprint("[]")\n')
+    has.chmod(0o755)
+    assert found(python=str(has)) == [("ok", f"{has} has vLLM → None")]
+    assert check_vllm_start(Settings()) == []
 
 
 def python_with_nothing(folder: Path) -> Path:

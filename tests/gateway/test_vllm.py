@@ -114,7 +114,9 @@ def test_one_that_cant_start_says_why_and_is_tried_again_less_and_less_often(
         ({"ready_after_s": 600}, {"ready_timeout_s": 0.5}, "wasn't ready within 0.5 s (student.vllm.ready_timeout_s)"),
         ({"ready_after_s": 600, "deaf": True}, {"ready_timeout_s": 0.5}, "wasn't ready within 0.5 s"),
         ({"says": ["api_server.py: error: unrecognized arguments: --wrong"], "exit": 2}, {}, "unrecognized arguments"),
-        ({}, {"python": "/nowhere/python"}, "/nowhere/python can't be run: No such file or directory"),
+        ({}, {"python": "/nowhere/python"}, "can't be started: student.vllm.python: /nowhere/python isn't there, or"),
+        ({}, {"model": "/nowhere/model"}, "can't be started: student.vllm.model: there is no /nowhere/model"),
+        ({"says": ["python: Error while finding module: No module named 'vllm'"], "exit": 1}, {}, "(pip install vllm)"),
         ({}, {"host": "203.0.113.1"}, "can't be started: "),
     ],
 )  # fmt: skip
