@@ -63,10 +63,8 @@ class LinearStudent:
         return self._space.prediction(self._logits(text))
 
     def _logits(self, text: str) -> Floats:
-        counted, words = self._columns.count(text)
-        index = np.fromiter(counted, dtype=np.intp, count=len(counted))
-        count = np.fromiter(counted.values(), dtype=np.float32, count=len(counted))
-        values: Floats = np.log(count)
+        index, count, words = self._columns.count(text)
+        values: Floats = np.log(count.astype(np.float32))
         values += 1.0
         values *= self._idf.take(index)
         # Two blocks of unit length each, then the whole: 1/√2.

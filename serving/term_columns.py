@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from array import array
+from collections.abc import Iterable
 from functools import lru_cache
-from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
 
 from serving.text_terms import pieces, split_text, word_terms
 
@@ -12,38 +15,47 @@ _REMEMBERED = 4096
 _LONGEST_REMEMBERED = 32
 """A word of so many characters has 100 pieces at most: what is remembered takes a few megabytes a student."""
 
+Columns = NDArray[np.intc]
+
 
 class TermColumns:
     """A vocabulary of distinct terms, the `words` word terms before those of characters.
 
     Words repeat from text to text (Zipf's law), and their pieces with them: the columns of those seen lately are
-    remembered, which takes two thirds off the time a text takes.
+    remembered, as bytes that lie side by side and not as numbers all over the memory.
     """
 
     def __init__(self, vocabulary: list[str], words: int) -> None:
+        self._size = len(vocabulary)
         self._words = {term: column for column, term in enumerate(vocabulary[:words])}
         self._pieces = {term: words + column for column, term in enumerate(vocabulary[words:])}
         self._remembered = lru_cache(_REMEMBERED)(self._columns_of)
 
-    def count(self, text: str) -> tuple[dict[int, int], int]:
-        """How often each column occurs in `text`, and how many of these columns, which come first, are of words.
+    def count(self, text: str) -> tuple[Columns, NDArray[np.intp], int]:
+        """The columns that occur in `text`, how often each does, and how many of them, which come first, are of words.
 
         The same as counting `text_terms.terms` and looking the terms up, in the order in which they first occur. Terms
         that aren't in the vocabulary are left out.
         """
         words, chunks = split_text(text)
-        counted: dict[int | None, int] = Counter(map(self._words.get, word_terms(words)))
-        counted.pop(None, None)
-        of_words = len(counted)
-        known: Counter[int] = counted  # type: ignore[assignment]
+        of_words = _found(map(self._words.get, word_terms(words)))
         recall, work_out = self._remembered, self._columns_of
-        known.update(
-            chain.from_iterable(
-                [recall(chunk) if len(chunk) <= _LONGEST_REMEMBERED else work_out(chunk) for chunk in chunks]
-            )
-        )
-        return known, of_words
+        of_pieces = [
+            recall(chunk) if len(chunk) <= _LONGEST_REMEMBERED else work_out(chunk) for chunk in chunks
+        ]
+        occurring = np.frombuffer(b"".join([of_words.tobytes(), *of_pieces]), dtype=np.intc)
+        place = np.arange(len(occurring), dtype=np.intc)
+        # Of a column that is set several times the last one stays: backwards, that is where it occurs first.
+        first_of = np.empty(self._size, dtype=np.intc)
+        first_of[occurring[::-1]] = place[::-1]
+        first = first_of.take(occurring)
+        is_first = first == place
+        times = np.bincount(first, minlength=len(place))
+        return occurring[is_first], times[is_first], len(set(of_words))
 
-    def _columns_of(self, chunk: str) -> tuple[int, ...]:
-        found = map(self._pieces.get, pieces(chunk))
-        return tuple([column for column in found if column is not None])
+    def _columns_of(self, chunk: str) -> bytes:
+        return _found(map(self._pieces.get, pieces(chunk))).tobytes()
+
+
+def _found(columns: Iterable[int | None]) -> array[int]:
+    return array("i", [column for column in columns if column is not None])
