@@ -17,7 +17,7 @@ from distillation.split import Split
 from distillation.watching import Watched, came_after, live_of, watched
 from routers.looks import unseen_chance
 from routers.noise import Noise
-from serving.errors import DamagedRelease, UnknownRelease
+from serving.errors import ConfigError, DamagedRelease, UnknownRelease
 from serving.exchange import Exchange, Json
 from serving.live import Withdrawal
 from serving.log import LogReader
@@ -38,7 +38,10 @@ class Spared:
 
 @dataclass(frozen=True, slots=True)
 class StudentCost:
-    """What a student's answers take on average, as the log measured it: seconds of what it runs on, and USD."""
+    """What a student's answers take on average, as the log measured it: seconds of what it runs on, and USD.
+
+    Of the student that answered last: one of another kind may have taken a hundred times as long.
+    """
 
     answers: int
     seconds: float
@@ -167,6 +170,7 @@ def _student_cost(exchanges: Sequence[Exchange]) -> StudentCost | None:
     given = [e.student for e in exchanges if e.student is not None and not e.replayed]
     if not given:
         return None
+    given = [answer for answer in given if answer.model == given[-1].model]
     return StudentCost(
         answers=len(given),
         seconds=sum(answer.took_s for answer in given) / len(given),
@@ -200,7 +204,10 @@ def _outlook(settings: Settings, task: str, policy: TaskSettings, dataset: Datas
         hint = f"; {_SEE_MORE}" if reason == "unsupported: turns" and policy.student.sees == "message" else ""
         return f"no: {count} exchanges can't be used ({reason}{hint})"
     if policy.admission == "e-process":
-        candidate = CandidateFile(settings.state_dir, task).read(policy)
+        try:
+            candidate = CandidateFile(settings.state_dir, task).read(policy)
+        except ConfigError as error:  # what its student runs on isn't there
+            return f"its candidate can't be tested: {error}"
         if candidate is not None and candidate.after > fence and not candidate.exhausted(len(dataset.rows)):
             since = sum(row.created > candidate.after for row in dataset.rows)
             return f"candidate {candidate.number} is being tested: {since:,} labels came since it was fixed"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from distillation.named_answers import never_given
 from distillation.outlook import after, labels_per_hour
 from distillation.past import Past
 from distillation.stakes import stakes_of
+from distillation.training_process import clear_training
 from distillation.watching import came_after, withdrawal_line
 from routers.foresight_fit import Stakes
 from routers.looks import labels_needed, next_look
@@ -112,8 +113,10 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         except ConfigError as error:  # of one task: the others are learned all the same
             return Lesson(task, "held", f"no look was taken: {error}", 0)
         stack.callback(kind.close)
+        clear_training(settings.state_dir, task)
         began_s = core_seconds()
         progress(f"{task}: reading the log")
+        erasures = ErasureStamp(settings.state_dir, task)
         read_at = time.time()  # a withdrawal from now on is one that these labels know nothing of
         try:
             live = ReleaseStore(settings.state_dir).live(task)
@@ -132,7 +135,7 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
             return Lesson(task, "held", f"its candidate can't be tested: {error}", len(dataset.rows))
         noisy = too_noisy(dataset, policy) is not None
         if candidate is not None and candidate.after > fence and not noisy:
-            lesson = _bet(settings, task, candidate, candidates, dataset, journal, policy, fence)
+            lesson = _bet(settings, task, candidate, candidates, dataset, journal, policy, fence, erasures)
             if lesson.release is not None or not candidate.exhausted(len(dataset.rows)):
                 return lesson
         waiting = not_due(dataset, journal.past(), policy, fence=fence)
@@ -162,11 +165,34 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         if isinstance(kind, LinearKind) and betting:
             last = max(one.created for one in exchanges)
             return _freeze(
-                settings, kind, candidates, dataset, past, journal, policy, last, read_at, began_s, progress
+                settings,
+                kind,
+                candidates,
+                dataset,
+                past,
+                journal,
+                policy,
+                last,
+                read_at,
+                began_s,
+                erasures,
+                progress,
             )
         stakes = stakes_of(exchanges, kind.given(exchanges), settings.student, policy.student)
         return _look(
-            settings, task, kind, dataset, past, journal, policy, stakes, fence, read_at, began_s, progress
+            settings,
+            task,
+            kind,
+            dataset,
+            past,
+            journal,
+            policy,
+            stakes,
+            fence,
+            read_at,
+            began_s,
+            erasures,
+            progress,
         )
 
 
@@ -185,7 +211,7 @@ def _kind(settings: Settings, policy: TaskSettings, engines: Engines) -> Kind:
         return LinearKind(store, policy, engines, load)
     from distillation.served_kind import ServedKind  # the HTTP client: imported only where a student is asked
 
-    return ServedKind(settings, store, policy)
+    return ServedKind(settings, store, policy, engines)
 
 
 def _load_encoder(settings: Settings, folder: Path, engines: Engines, progress: Progress) -> SentenceEncoder:
@@ -206,6 +232,7 @@ def _look(
     fence: float,
     read_at: float,
     began_s: float,
+    erasures: ErasureStamp,
     progress: Progress,
 ) -> Lesson:
     from distillation.report import report_card  # scikit-learn: imported only once a look is due
@@ -226,7 +253,7 @@ def _look(
     cost = LearningCost.of(core_seconds() - began_s, kind.asked, settings.student, policy.student)
     card["learning"] = cost.to_json()
     journal.spent(serial, number, labels, cost.to_json())
-    release, outcome, too_late = _publish(settings, task, look, card, fence)
+    release, outcome, too_late = _publish(settings, task, look, card, fence, erasures)
     journal.end(
         serial, number, labels, {"outcome": outcome, "release": release, "coverage": card["coverage"]}
     )
@@ -237,7 +264,7 @@ def _look(
 
 
 def _publish(
-    settings: Settings, task: str, look: Look[Past], card: Json, fence: float
+    settings: Settings, task: str, look: Look[Past], card: Json, fence: float, erasures: ErasureStamp
 ) -> tuple[str | None, str, str | None]:
     """Make the look's candidate a release and live, if it has one: its name, the outcome, and what came between."""
     if look.candidate is None:
@@ -252,10 +279,11 @@ def _publish(
         "labels_since": fence or None,
         **card,
     }
-    release = store.write(task, look.candidate.files(), card_on_disk)
     try:
+        with erasures.held():
+            release = store.write(task, look.candidate.files(), card_on_disk)
         store.set_live(task, release, fence=fence)
-    except WithdrawnMeanwhile as error:
+    except (ErasedMeanwhile, WithdrawnMeanwhile) as error:
         return None, "held", str(error)
     return release, "released", None
 
@@ -271,6 +299,7 @@ def _freeze(
     last: float,
     read_at: float,
     began_s: float,
+    erasures: ErasureStamp,
     progress: Progress,
 ) -> Lesson:
     """Fix a candidate by what the log held up to `last`. What it may spend is spent with that."""
@@ -293,7 +322,11 @@ def _freeze(
         features_of=kind.features_of(told),
         progress=told,
     )
-    candidates.write(candidate, policy)
+    try:
+        with erasures.held():
+            candidates.write(candidate, policy)
+    except ErasedMeanwhile as error:
+        return Lesson(task, "held", str(error), labels)
     cost = LearningCost.of(core_seconds() - began_s, (), settings.student, policy.student)
     journal.spent(serial, number, labels, cost.to_json())
     message = f"candidate {number} is fixed, by {labels} labels; those that come from now on test it"
@@ -309,6 +342,7 @@ def _bet(
     journal: LookJournal,
     policy: TaskSettings,
     fence: float,
+    erasures: ErasureStamp,
 ) -> Lesson:
     """What the labels since say of the candidate; a level that passed goes live."""
     from distillation.betting import peek
@@ -318,9 +352,10 @@ def _bet(
     card = report_card(
         look, dataset, policy, releases_so_far=len(ReleaseStore(settings.state_dir).list(task))
     )
-    release, outcome, too_late = _publish(settings, task, look, card, fence)
+    release, outcome, too_late = _publish(settings, task, look, card, fence, erasures)
     if look.candidate is not None and release is not None:
-        candidates.write(replace(candidate, served=look.candidate.router), policy)
+        with suppress(ErasedMeanwhile), erasures.held():  # then it is gone, as it should
+            candidates.write(replace(candidate, served=look.candidate.router), policy)
         result = {"outcome": outcome, "release": release, "coverage": card["coverage"]}
         journal.end(candidate.serial, candidate.number, candidate.labels, result)
     message = too_late or _message(outcome, release, card, policy)

@@ -63,10 +63,12 @@ if TYPE_CHECKING:
 class ServedKind:
     """The student of one task: an `lm`, or an `encoder` behind a server. Make it before the log is read.
 
-    Raises ConfigError for an adapter that is none.
+    `engines` is what its past releases of other kinds share. Raises ConfigError for an adapter that is none.
     """
 
-    def __init__(self, settings: Settings, store: ReleaseStore, policy: TaskSettings) -> None:
+    def __init__(
+        self, settings: Settings, store: ReleaseStore, policy: TaskSettings, engines: Engines | None = None
+    ) -> None:
         self._redact = sorted(settings.log.redact)
         self._redactor = Redactor(settings.log.redact) if settings.log.redact else None
         self._store = store
@@ -81,6 +83,7 @@ class ServedKind:
         self._answered: dict[str, Answered] = {}
         self._asked: list[StudentAnswer] = []
         self._vllm = settings.student.vllm
+        self._engines = engines or Engines(onnx=settings.student.onnx)
 
     def dataset(self, exchanges: Sequence[Exchange]) -> Dataset:
         """Rows by what the student supports, after the time until which it was trained."""
@@ -301,7 +304,7 @@ class ServedKind:
     def _read(self, name: str, own: set[str]) -> Past:
         release = self._store.read(self._policy.name, name)
         if not is_served(release):
-            return read_past(self._store, self._policy.name, name)
+            return read_past(self._store, self._policy.name, name, self._engines)
         if name not in own:
             raise DamagedRelease("its student is another model, or asked otherwise, than student says today")
         return read_served_release(release, self._answered)

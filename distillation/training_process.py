@@ -40,14 +40,19 @@ class TrainingFailed(UnderstudyError):
     """A script didn't come to its end. Says why, and what to do."""
 
 
+def clear_training(state_dir: Path, task: str) -> None:
+    """Remove what training that was killed has left, copies of texts among it; only who holds the task's lock may."""
+    shutil.rmtree(training_directory(state_dir, task), ignore_errors=True)
+
+
 @contextmanager
 def training_folder(state_dir: Path, task: str) -> Iterator[Path]:
     """A folder for what training leaves in between. Whoever asks for it holds the task's lock: nobody else is in it.
 
     It is empty, whatever a process that was killed has left in it, and gone afterwards. Raises OSError.
     """
+    clear_training(state_dir, task)
     folder = training_directory(state_dir, task)
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         yield folder

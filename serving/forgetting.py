@@ -170,8 +170,9 @@ def forget(
             work.look_into_releases(change=True)
             work.erase_student_answers(change=True)
             work.erase(timeout_s, noticed_within_s)
-            work.look_into_releases(change=True)  # one that was learned meanwhile
-            work.erase_student_answers(change=True)  # from a log of which not all was erased yet
+            # From a log of which not all was erased yet. What is being learned from it makes no release from now on:
+            work.erase_student_answers(change=True)
+            work.look_into_releases(change=True)  # those that were made meanwhile are all there
     return work.erasure
 
 

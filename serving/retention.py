@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections import Counter
 from pathlib import Path
 
 from serving.disk import Disk
-from serving.layout import task_names
+from serving.layout import task_names, training_directory
 from serving.removed import clear_unfinished, read_removed, removing_alone, write_removed
 from serving.segment_digest import DIGEST_SUFFIX, digest_of
 from serving.segments import OPEN_SUFFIX, events_directory, segment_paths
@@ -42,6 +43,11 @@ def remove_expired(state_dir: Path, retention_days: float, *, now: float, disk: 
             with contextlib.suppress(OSError):
                 # By then the segment with the exchange is gone: before, the student would be asked once more.
                 remove_old_answers(state_dir, task, before - oldest_open_s(retention_days), disk)
+            with contextlib.suppress(OSError):
+                # Of a process that was killed: it holds texts of the log.
+                training = training_directory(state_dir, task)
+                if training.stat().st_mtime < before:
+                    shutil.rmtree(training)
         return gone
 
 

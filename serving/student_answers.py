@@ -47,11 +47,18 @@ class ErasureStamp:
 
     def check(self) -> None:
         """Raise ErasedMeanwhile if anything was: what was read since may be that."""
+        with self.held():
+            pass
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep out what erases, to write down what was learned: it finds that then. Raises ErasedMeanwhile."""
         with _locked(self._directory):
             if _stamp(self._directory) != self._stamp:
                 raise ErasedMeanwhile(
                     f"something was erased from the log of task {self._task} while it was learned; learn again"
                 )
+            yield
 
 
 class StudentAnswers:

@@ -55,6 +55,20 @@ def test_audits_are_paid_for(write_log: Make, exchanges: Make) -> None:
     assert one.cost_usd == pytest.approx(2 * 0.001 + 10 * 1e-6)
 
 
+def test_a_students_cost_is_that_of_the_one_there_is_now(write_log: Make, exchanges: Make) -> None:
+    def gave(model: str, seconds: float) -> StudentAnswer:
+        choices = [{"message": {"content": "lost"}}]
+        return StudentAnswer(model, choices, None, seconds, 1.0, cost_usd=seconds / 10, device_s=seconds)
+
+    served: dict[str, Any] = {"route": "student", "release": "r0001", "teacher": None}
+    before = exchanges(TEXTS[:6], student=gave("small-lm", 2.0), **served)
+    now = exchanges(TEXTS[:4], start=2e6, student=gave("linear", 0.001), **served)
+    (one,) = summaries(write_log([*before, *now])).values()
+    assert one.student is not None
+    assert one.student.answers == 4
+    assert (one.student.seconds, one.student.usd) == pytest.approx((0.001, 0.0001))
+
+
 def test_the_most_expensive_comes_first(write_log: Make, exchanges: Make) -> None:
     write_log(exchanges(TEXTS[:20], cost_usd=0.5), "dear")
     state = write_log(exchanges(TEXTS[:40]), "cheap")

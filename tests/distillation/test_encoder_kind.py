@@ -239,6 +239,16 @@ def test_what_is_erased_while_it_is_learned_trains_nothing(tmp_path: Path) -> No
         kind.prepare(kind.dataset(exchanges), exchanges, silent)
 
 
+def test_what_it_takes_is_measured_of_texts_it_reads_for_the_first_time(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    often = requests(chance, 30)
+    exchanges = logged([pair for pair in often for _ in range(10)], chance)
+    kind = kind_of(tmp_path)
+    _, dataset = kind.prepare(kind.dataset(exchanges), exchanges, silent)
+    assert len(kind.given(exchanges)) == len({row.text for row in dataset.rows}) <= 30
+    assert len(dataset.rows) > 100
+
+
 def test_what_it_cant_read_is_never_accepted(tmp_path: Path) -> None:
     chance = random.Random(1)
     exchanges = logged(requests(chance, 600), chance)

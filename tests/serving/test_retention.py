@@ -14,6 +14,7 @@ from serving.audit_index import AuditIndex
 from serving.disk import Disk
 from serving.events import answered, encode
 from serving.exchange import Exchange
+from serving.layout import training_directory
 from serving.log import EventLog, LogReader
 from serving.removed import read_removed, removing_alone, write_removed
 from serving.retention import oldest_open_s, remove_expired
@@ -91,6 +92,19 @@ def test_a_new_segment_may_have_the_name_of_one_that_was_removed(tmp_path: Path,
     assert [exchange.id for exchange in index.owed("t")] == ["new"]
     assert remove_expired(tmp_path, 30, now=NOW + 30 * DAY) == 1
     assert AuditIndex(tmp_path).accepted("t", "r0001") == 2
+
+
+def test_what_training_that_was_killed_has_left_goes_with_the_texts_it_holds(tmp_path: Path) -> None:
+    segment(tmp_path, "00000000-1-1.jsonl", exchange("new", 1))
+    segment(tmp_path, "00000000-1-1.jsonl", exchange("new", 1), task="u")
+    for task, days in (("t", 40), ("u", 20)):
+        folder = training_directory(tmp_path, task)
+        folder.mkdir()
+        (folder / "job.json").write_text("texts")
+        os.utime(folder, (NOW - days * DAY, NOW - days * DAY))
+    remove_expired(tmp_path, 30, now=NOW)
+    assert not training_directory(tmp_path, "t").exists()
+    assert training_directory(tmp_path, "u").exists(), "that may still be at it"
 
 
 def test_nothing_is_removed_while_somebody_else_removes(tmp_path: Path) -> None:
