@@ -434,7 +434,7 @@ def forget(
     raise typer.Exit(1 if erasure.left else 0)
 
 
-@app.command(short_help="Check the configuration against teacher, Redis and disk.")
+@app.command(short_help="Check the configuration against teacher, students, Redis and disk.")
 def doctor(
     config: _Config = None,
     ask: Annotated[
@@ -442,7 +442,7 @@ def doctor(
     ] = False,
     json: _AsJson = False,
 ) -> None:
-    """Check the configuration against the real teacher, Redis and disk, and say what to mend."""
+    """Check the configuration against the real teacher, students, Redis and disk, and say what to mend."""
     from serving.configuration import DEFAULT_FILE, load_settings
 
     settings = load_settings(config)

@@ -93,8 +93,9 @@ def default_of(field: FieldInfo) -> str:
 
 
 def test_examples_of_the_configuration_load(tmp_path: Path) -> None:
-    examples = fenced(README, "toml")
-    assert examples
+    documents = [README, read(ROOT / "docs" / "students.md")]
+    examples = [example for document in documents for example in fenced(document, "toml")]
+    assert len(examples) > 2
     for example in examples:
         path = tmp_path / "understudy.toml"
         path.write_text(example)
