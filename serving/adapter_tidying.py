@@ -75,10 +75,11 @@ async def tidy(state_dir: Path, shelf: AdapterShelf, names: Collection[str]) -> 
     with shelf.tidying() as alone:
         if not alone:
             return []
-        unneeded = [name for name in unneeded_adapters(state_dir, shelf) if name in names]
+        unneeded = await asyncio.to_thread(unneeded_adapters, state_dir, shelf)
+        unneeded = [name for name in unneeded if name in names]
         gone = [name for name in unneeded if await _unloaded(name, shelf.servers(name), state_dir)]
         for name in gone:
-            shelf.remove(name)
+            await asyncio.to_thread(shelf.remove, name)
             log.info("the adapter %s is unloaded: no live release needs it", name)
         return gone
 

@@ -185,6 +185,8 @@ class Pool:
         for member in [*self._members, *self._leaving]:
             await member.upstream.aclose()
         self._members, self._leaving = [], []
+        for told in (self._looked, self._found):
+            told.set()  # whoever waits for the first look has none to wait for
 
     async def _look_on(self) -> None:
         while True:

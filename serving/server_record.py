@@ -84,30 +84,29 @@ class ServerRecord:
         self.asking = asking or Asking()
         self.seen = Seen()
         self._clock = clock
-        self._refused: dict[str, tuple[float, str]] = {}
+        self._refused: dict[str, float] = {}
 
     def refuse(self, request: Json, error: UpstreamRefused) -> None:
         """Take note of a refusal, if it names something that the request asks for."""
         if error.status not in _REFUSALS:
             return
-        said = error.body.decode("utf-8", "replace")
-        lower = said.lower()
+        said = error.body.decode("utf-8", "replace").lower()
         for name, feature in _features(request).items():
-            if any(word in lower for word in _NAMES[name]):
-                self._refused[feature] = (self._clock(), said)
+            if any(word in said for word in _NAMES[name]):
+                self._refused[feature] = self._clock()
 
     def refuses(self, request: Json) -> bool:
         """Say whether something that the request asks for was refused a short while ago."""
         if not self._refused:
             return False
         now = self._clock()
-        refused = {feature for feature, (at, _) in self._refused.items() if now - at < _AGAIN_AFTER_S}
+        refused = {feature for feature, at in self._refused.items() if now - at < _AGAIN_AFTER_S}
         return not refused.isdisjoint(_features(request).values())
 
     @property
-    def refused(self) -> dict[str, str]:
-        """What was refused, and in which words."""
-        return {feature: said for feature, (_, said) in self._refused.items()}
+    def refused(self) -> frozenset[str]:
+        """The features that were refused, whenever that was."""
+        return frozenset(self._refused)
 
 
 def _features(request: Json) -> dict[str, str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Iterable, Mapping
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,9 @@ class TermColumns:
     def __init__(self, vocabulary: list[str], words: int) -> None:
         self._size = len(vocabulary)
         self._words = {term: column for column, term in enumerate(vocabulary[:words])}
-        self._pieces = {term: words + column for column, term in enumerate(vocabulary[words:])}
+        pieces_at = {term: words + column for column, term in enumerate(vocabulary[words:])}
+        # No method: what remembers would hold itself, with its vocabulary, long after its release was replaced.
+        self._columns_of = partial(_columns_of, pieces_at)
         self._remembered = lru_cache(_REMEMBERED)(self._columns_of)
 
     def count(self, text: str) -> tuple[Columns, NDArray[np.intp], int]:
@@ -53,8 +55,9 @@ class TermColumns:
         times = np.bincount(first, minlength=len(place))
         return occurring[is_first], times[is_first], len(set(of_words))
 
-    def _columns_of(self, chunk: str) -> bytes:
-        return _found(map(self._pieces.get, pieces(chunk))).tobytes()
+
+def _columns_of(pieces_at: Mapping[str, int], chunk: str) -> bytes:
+    return _found(map(pieces_at.get, pieces(chunk))).tobytes()
 
 
 def _found(columns: Iterable[int | None]) -> array[int]:

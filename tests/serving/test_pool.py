@@ -272,6 +272,22 @@ def test_a_server_that_is_no_longer_to_be_there_isnt_counted(serve: Serve, tmp_p
     asyncio.run(play())
 
 
+def test_nobody_waits_for_a_pool_that_was_closed(serve: Serve, tmp_path: Path) -> None:
+    hanging = Server(serve, "hanging")
+    hanging.hangs = True
+
+    async def play() -> None:
+        pool = Pool(tmp_path, VllmSettings(urls=[hanging.url]))
+        asking = asyncio.create_task(ask(pool))
+        await asyncio.sleep(0.1)  # for the first look, whose end it waits for
+        await pool.aclose()
+        async with asyncio.timeout(4):
+            with pytest.raises(StudentUnavailable):
+                await asking
+
+    asyncio.run(play())
+
+
 def test_a_late_answer_is_a_timeout(serve: Serve, tmp_path: Path) -> None:
     server = Server(serve, "never")
     server.status = NEVER

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 
 from hypothesis import given
@@ -34,6 +36,19 @@ def test_counting_is_looking_every_term_up(known: list[str], asked: list[str]) -
         counted = list(zip(found.tolist(), times.tolist(), strict=True))
         assert counted == [pair for part in expected for pair in part.items()]
         assert of_words == len(expected[0])
+
+
+def test_it_goes_with_its_student() -> None:
+    # Garbage is looked for seldom, and a vocabulary takes megabytes.
+    columns = TermColumns(["aa", "bb", "bb "], 1)
+    columns.count("aa bb")
+    gone = weakref.ref(columns)
+    gc.disable()
+    try:
+        del columns
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_what_is_remembered_is_bounded() -> None:
