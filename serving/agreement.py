@@ -138,15 +138,18 @@ def _key(choices: list[Json], content: str) -> str:
     """`content` itself for an ordinary answer: one choice, ended by itself, nothing but text."""
     message = _message(choices)
     finish = choices[0].get("finish_reason") if choices else None
+    broken_off = None if finish in _WHOLE else finish
+    refusal, audio = message.get("refusal") or None, message.get("audio")
+    calls = _calls(message)
+    if len(choices) == 1 and not calls and broken_off is None and refusal is None and audio is None:
+        return content
     rest: Json = {
         "choices": len(choices),
-        "finish": None if finish in _WHOLE else finish,
-        "refusal": message.get("refusal") or None,
-        "calls": _calls(message),
-        "audio": message.get("audio"),
+        "finish": broken_off,
+        "refusal": refusal,
+        "calls": calls,
+        "audio": audio,
     }
-    if rest == {"choices": 1, "finish": None, "refusal": None, "calls": [], "audio": None}:
-        return content
     return f" {_safe({**rest, 'content': content})}"
 
 

@@ -73,6 +73,8 @@ class _Tokens:
         asked, answered = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
         if not _is_count(asked) or not _is_count(answered):
             return None
+        if "prompt_tokens_details" not in usage and "completion_tokens_details" not in usage:
+            return cls(asked, answered, 0, 0, 0)
         cached = min(_detail(usage, "prompt_tokens_details", "cached_tokens"), asked)
         audio_in = min(_detail(usage, "prompt_tokens_details", "audio_tokens"), asked - cached)
         audio_out = min(_detail(usage, "completion_tokens_details", "audio_tokens"), answered)

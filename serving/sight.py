@@ -24,6 +24,13 @@ _SYSTEM_ROLES = ("system", "developer")
 _TOOL_ROLES = ("tool", "function")
 _MARKS = {"user": "u_", "assistant": "a_"}
 _WORD = re.compile(r"\w+")
+_FEATURES = frozenset(
+    (
+        *("tools", "functions", "n", "logprobs", "top_logprobs", "audio", "modalities", "logit_bias"),
+        "web_search_options",
+    )
+)
+"""What a request may ask for beside an answer: most ask for nothing of it, which is seen at a glance."""
 _EARLIER_CHARACTERS = 1000
 """So much of what came before the last message is seen: more would drown it."""
 
@@ -34,19 +41,8 @@ def unsupported(request: Json, sees: Sees = "message") -> str | None:
     It has seen text, behind any instructions; it answers once, with a known answer. `system`: instructions between
     the turns. `prefill`: the answer was begun by the client.
     """
-    if request.get("tools") or request.get("functions"):
-        return "tools"
-    if request.get("n") not in (None, 1):
-        return "n"
-    if request.get("logprobs") or request.get("top_logprobs"):
-        return "logprobs"
-    if request.get("audio") or request.get("modalities") not in (None, [], ["text"]):
-        return "audio"
-    if request.get("logit_bias"):
-        return "logit_bias"
-    if request.get("web_search_options") is not None:
-        return "web_search"
-    return _unsupported_turns(_turns(request), sees)
+    feature = None if _FEATURES.isdisjoint(request) else _unsupported_feature(request)
+    return feature or _unsupported_turns(_turns(request), sees)
 
 
 def seen_text(request: Json, sees: Sees = "message") -> str:
@@ -72,6 +68,22 @@ def seen_text(request: Json, sees: Sees = "message") -> str:
 def spoken_characters(request: Json) -> int:
     """The length of all turns that are text, seen or not: what the teacher's prompt tokens grow with."""
     return sum(len(text_of(turn.get("content")) or "") for turn in _turns(request))
+
+
+def _unsupported_feature(request: Json) -> str | None:
+    if request.get("tools") or request.get("functions"):
+        return "tools"
+    if request.get("n") not in (None, 1):
+        return "n"
+    if request.get("logprobs") or request.get("top_logprobs"):
+        return "logprobs"
+    if request.get("audio") or request.get("modalities") not in (None, [], ["text"]):
+        return "audio"
+    if request.get("logit_bias"):
+        return "logit_bias"
+    if request.get("web_search_options") is not None:
+        return "web_search"
+    return None
 
 
 def _turns(request: Json) -> list[Json]:
