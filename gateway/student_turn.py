@@ -27,6 +27,7 @@ log = logging.getLogger("understudy.pipeline")
 
 STUDENT = "student"
 _GRACE_S = 5.0
+_TOLD_EVERY_S = 5.0
 
 
 class StudentTurn:
@@ -36,6 +37,9 @@ class StudentTurn:
         self._ledger = ledger
         self._metrics = metrics
         self._unheard: set[asyncio.Task[None]] = set()
+        self._told_at: dict[
+            tuple[str, type[Exception]], float
+        ] = {}  # tasks and kinds of failures: both are few
 
     async def ask(
         self, turn: Turn, release: LiveRelease, *, foreseen: Callable[[Turn], None] | None = None
@@ -169,14 +173,25 @@ class StudentTurn:
         if isinstance(error, TimeoutError):
             self._metrics.record_upstream_error(STUDENT, "timeout")
             return names.REASON_STUDENT_SLOW
-        if isinstance(error, StudentUnavailable | UpstreamError):
-            kind = "unavailable"
-            log.warning("task %s: the student of release %s: %s", turn.task, release.name, error)
-        else:
-            kind = "broken"
-            log.error("task %s: the student of release %s failed", turn.task, release.name, exc_info=error)
-        self._metrics.record_upstream_error(STUDENT, kind)
+        expected = isinstance(error, StudentUnavailable | UpstreamError)
+        self._metrics.record_upstream_error(STUDENT, "unavailable" if expected else "broken")
+        if self._is_news(turn.task, error):
+            if expected:
+                log.warning("task %s: the student of release %s: %s", turn.task, release.name, error)
+            else:
+                log.error(
+                    "task %s: the student of release %s failed", turn.task, release.name, exc_info=error
+                )
         return names.REASON_STUDENT_ERROR
+
+    def _is_news(self, task: str, error: Exception) -> bool:
+        """Say whether a failure is to be told of: a student that is away fails every request of its task."""
+        now = time.monotonic()
+        told_at = self._told_at.get((task, type(error)))
+        if told_at is not None and now - told_at < _TOLD_EVERY_S:
+            return False
+        self._told_at[task, type(error)] = now
+        return True
 
 
 def _unsupported(turn: Turn, feature: str) -> str:

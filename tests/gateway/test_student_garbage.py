@@ -75,6 +75,19 @@ def made(serve: Start, stand_in: Start, gateway: Start, tmp_path: Path) -> Start
     return start
 
 
+def test_a_student_that_is_away_is_told_of_now_and_then(
+    made: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, running = made(base_url="http://127.0.0.1:9/v1")
+    for _ in range(20):
+        raw, text = asked(running, stream=False)
+        assert (text, raw.headers["x-understudy-reason"]) == (TEACHERS, "student_error")
+    told = [said for said in caplog.messages if "the student of release" in said]
+    assert 1 <= len(told) <= 6, "away, then left alone: each is told at once, and again every few seconds"
+    failed = running.metric("understudy_upstream_errors_total", upstream="student", kind="unavailable")
+    assert failed == 20
+
+
 def asked(running: Any, *, stream: bool) -> tuple[Any, str]:
     body = {"model": "intents", "messages": [{"role": "user", "content": "where"}], "stream": stream}
     raw = running.post(json=body)
