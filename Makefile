@@ -106,7 +106,7 @@ lock: $(STAMP) ## pin what pyproject.toml asks for, with hashes (UPGRADE=--upgra
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile pyproject.toml --extra encoder --extra otel --extra report --group dev --output-file requirements.lock --quiet $(UPGRADE) \
 		--universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock"
-	$(BIN)/uv pip compile pyproject.toml --extra otel --constraint requirements.lock --quiet --no-annotate \
+	$(BIN)/uv pip compile pyproject.toml --extra encoder --extra otel --constraint requirements.lock --quiet --no-annotate \
 		--output-file deploy/container/requirements.lock \
 		--universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock"
 

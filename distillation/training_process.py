@@ -98,8 +98,8 @@ def run_script(
         return done
     if "missing" in ended:
         raise TrainingFailed(
-            f"{python} has no module {ended['missing']}: run `pip install 'understudy[train]'` there, or set "
-            "learning.python to a Python that has it"
+            f"{python} has no module {ended['missing']}: run `pip install 'understudy[train]'` there (in a checkout: "
+            "'.[train]'), or set learning.python to a Python that has it"
         )
     if "error" in ended:
         raise TrainingFailed(str(ended["error"]))

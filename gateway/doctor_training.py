@@ -9,6 +9,10 @@ from pathlib import Path
 from gateway.finding import Finding, Verdict
 from gateway.other_python import PythonSilent, missing_modules
 from serving.encoder_folder import EmbedderFolder, UnfitEncoder, check_base
+from serving.engines import MODEL_FILE
+from serving.errors import DamagedRelease, UnknownRelease
+from serving.layout import task_names
+from serving.releases import ReleaseStore
 from serving.settings import Settings
 
 _SERVES = ("onnxruntime", "tokenizers")
@@ -16,14 +20,14 @@ _TRAINS = ("torch", "transformers", "onnx", "onnxruntime", "tokenizers")
 
 
 def check_training(settings: Settings) -> list[Finding]:
-    """Look at each encoder of the configuration, and, if there is one, at the environments it takes."""
+    """Look at each encoder of the configuration, and, if one is there or live, at the environments it takes."""
     choices = [
         settings.task_defaults.student,
         *(settings.for_task(task.name).student for task in settings.task),
     ]
     bases = dict.fromkeys(choice.base for choice in choices if choice.base is not None)
     embedders = dict.fromkeys(choice.embedder for choice in choices if choice.embedder is not None)
-    if not bases and not embedders:
+    if not bases and not embedders and not _is_live(settings.state_dir):
         return []
     found = [_base(base) for base in bases]
     to_export = False
@@ -38,6 +42,21 @@ def check_training(settings: Settings) -> list[Finding]:
         # What was exported before is kept, and needs nothing more.
         found.append(_trains(settings.learning.python, "export sentence encoders", "warning"))
     return found
+
+
+def _is_live(state_dir: Path) -> bool:
+    """Whether a release that is live holds a model for ONNX Runtime, whatever the configuration says by now."""
+    store = ReleaseStore(state_dir)
+    for task in task_names(state_dir):
+        try:
+            live = store.live(task)
+            if live is None or live.release is None:
+                continue
+            if MODEL_FILE in store.card(task, live.release)["files"]:
+                return True
+        except (DamagedRelease, UnknownRelease, OSError):
+            continue  # `understudy tasks` says it
+    return False
 
 
 def _base(base: Path) -> Finding:
@@ -78,6 +97,7 @@ def _trains(python: Path | None, what: str, verdict: Verdict) -> Finding:
             "training",
             verdict,
             f"{runs} can't {what}: it has no {', '.join(missing)}",
-            "run `pip install 'understudy[train]'` there, or set learning.python to a Python that has them",
+            "run `pip install 'understudy[train]'` there (in a checkout: '.[train]'), or set learning.python to a "
+            "Python that has them",
         )
     return Finding("training", "ok", f"{runs} can {what}")

@@ -63,7 +63,8 @@ def test_what_runs_is_pinned_as_what_is_tested() -> None:
 
 
 def test_what_runs_is_all_there_and_no_more() -> None:
-    asked = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["otel"]]
+    extras = PROJECT["project"]["optional-dependencies"]
+    asked = [*PROJECT["project"]["dependencies"], *extras["otel"], *extras["encoder"]]
     assert needed(asked) <= set(RUNTIME)
     tools = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependency-groups"]["dev"]}
     assert not (tools - needed(asked)) & set(RUNTIME)

@@ -74,8 +74,8 @@ def test_a_python_without_what_trains(state: Path, encoder_base: Path, tmp_path:
     found = lesson(state, encoder_base, bare)
     assert found.outcome == "held"
     assert found.message == (
-        f"no look was taken: {bare} has no module tokenizers: run `pip install 'understudy[train]'` there, or set "
-        "learning.python to a Python that has it"
+        f"no look was taken: {bare} has no module tokenizers: run `pip install 'understudy[train]'` there (in a "
+        "checkout: '.[train]'), or set learning.python to a Python that has it"
     )
     nothing_is_left(state)
 

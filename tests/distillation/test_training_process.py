@@ -91,8 +91,8 @@ def test_a_missing_module_says_where_and_what_to_do(run: Run) -> None:
     with pytest.raises(TrainingFailed) as failed:
         run('print(\'{"missing": "torch"}\'); raise SystemExit(2)')
     assert str(failed.value) == (
-        f"{sys.executable} has no module torch: run `pip install 'understudy[train]'` there, or set "
-        "learning.python to a Python that has it"
+        f"{sys.executable} has no module torch: run `pip install 'understudy[train]'` there (in a "
+        "checkout: '.[train]'), or set learning.python to a Python that has it"
     )
 
 

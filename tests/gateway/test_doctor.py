@@ -22,6 +22,7 @@ from gateway.doctor_training import check_training
 from gateway.doctor_vllm import check_vllm_start
 from gateway.finding import Finding
 from serving.recording import Recorded, Recording
+from serving.releases import ReleaseStore
 from serving.settings import (
     CacheSettings,
     LearningSettings,
@@ -286,6 +287,22 @@ def test_the_folder_of_a_sentence_encoder(tmp_path: Path) -> None:
         ("training", "warning"),
     ]
     assert "can't export sentence encoders: it has no torch" in found(unexported)[2].said
+
+
+def test_a_live_release_that_needs_onnx_runtime(tmp_path: Path) -> None:
+    settings = Settings(state_dir=tmp_path)
+    store = ReleaseStore(tmp_path)
+    for name, files in (
+        ("plain", {"student.json": b"{}"}),
+        ("encoded", {"model.onnx": b"", "student.json": b"{}"}),
+    ):
+        assert check_training(settings) == []
+        store.set_live(name, store.write(name, files, {}))
+    assert [(said.check, said.said) for said in check_training(settings)] == [
+        ("student", "what serves encoders is installed")
+    ]
+    store.set_live("encoded", None)
+    assert check_training(settings) == []
 
 
 def test_the_vllm_that_is_to_be_run(tmp_path: Path) -> None:
