@@ -13,7 +13,7 @@ from typing import Protocol
 import orjson
 
 from serving.adapter_shelf import AdapterShelf, Loaded
-from serving.errors import UnderstudyError, UpstreamRefused
+from serving.errors import UnderstudyError, UpstreamRefused, UpstreamTimeout
 from serving.exchange import Json
 from serving.upstream import UpstreamResponse
 
@@ -116,7 +116,7 @@ async def unload(name: str, server: Asked) -> None:
         async with asyncio.timeout(_QUICK_S):
             await _post(server, _UNLOAD, {"lora_name": name})
     except TimeoutError:
-        raise AdapterNotLoaded(f"{server.place} didn't unload {name}: no answer") from None
+        raise UpstreamTimeout(f"{server.place} didn't unload {name}: no answer") from None
     except UpstreamRefused as error:
         # Not found: it was started anew, or can't unload what it was started with.
         if error.status not in _NOT_THERE:

@@ -67,27 +67,40 @@ def unneeded_adapters(state_dir: Path, shelf: AdapterShelf) -> list[str]:
     return [name for name in there if name not in needed]
 
 
-async def tidy(state_dir: Path, shelf: AdapterShelf, names: Collection[str]) -> list[str]:
+async def tidy(
+    state_dir: Path, shelf: AdapterShelf, names: Collection[str], *, patience_s: float = _PATIENCE_S
+) -> list[str]:
     """Unload those of `names` that no live release needs, and take them off the shelf; gives those that went.
 
-    One that a server couldn't be told to unload stays, and so does everything while somebody else is at the shelf.
+    One that a server couldn't be told to unload stays, and so does everything while somebody else is at the shelf. A
+    server that is away is waited for once, for `patience_s`: nobody gets at the shelf meanwhile.
     """
     with shelf.tidying() as alone:
         if not alone:
             return []
         unneeded = await asyncio.to_thread(unneeded_adapters, state_dir, shelf)
         unneeded = [name for name in unneeded if name in names]
-        gone = [name for name in unneeded if await _unloaded(name, shelf.servers(name), state_dir)]
+        away: set[Loaded] = set()
+        gone = [
+            name
+            for name in unneeded
+            if await _unloaded(name, shelf.servers(name), state_dir, away, patience_s)
+        ]
         for name in gone:
             await asyncio.to_thread(shelf.remove, name)
             log.info("the adapter %s is unloaded: no live release needs it", name)
         return gone
 
 
-async def _unloaded(name: str, servers: Collection[Loaded], state_dir: Path) -> bool:
+async def _unloaded(
+    name: str, servers: Collection[Loaded], state_dir: Path, away: set[Loaded], patience_s: float
+) -> bool:
+    """Say whether no server has it any more; a server that gives no answer is put among those that are `away`."""
+    if not away.isdisjoint(servers):
+        return False
     for told in servers:
         try:
-            server = _server_of(told, state_dir)
+            server = _server_of(told, state_dir, patience_s)
         except ConfigError as error:
             log.warning("the adapter %s can't be unloaded: %s", name, error)
             return False
@@ -96,6 +109,8 @@ async def _unloaded(name: str, servers: Collection[Loaded], state_dir: Path) -> 
         try:
             await unload(name, server)
         except (AdapterNotLoaded, UpstreamError) as error:
+            if isinstance(error, UpstreamError):
+                away.add(told)
             log.debug("the adapter %s isn't unloaded yet: %s", name, error)
             return False
         finally:
@@ -103,14 +118,14 @@ async def _unloaded(name: str, servers: Collection[Loaded], state_dir: Path) -> 
     return True
 
 
-def _server_of(told: Loaded, state_dir: Path) -> StudentServer | None:
+def _server_of(told: Loaded, state_dir: Path, patience_s: float) -> StudentServer | None:
     """The server that was told; None: it has ended since, and forgot. Raises ConfigError."""
     if told.base_url != OURS:
         return StudentServer.at(
-            told.base_url, timeout_s=_PATIENCE_S, api_key_env=told.api_key_env, device=DeviceTime()
+            told.base_url, timeout_s=patience_s, api_key_env=told.api_key_env, device=DeviceTime()
         )
     place = read_place(state_dir)
     if place is None or place.phase != "ready":
         return None
-    upstream = Upstream(f"{place.url}/v1", timeout_s=_PATIENCE_S, who="the student")
+    upstream = Upstream(f"{place.url}/v1", timeout_s=patience_s, who="the student")
     return StudentServer(upstream, DeviceTime(), key=place.key)

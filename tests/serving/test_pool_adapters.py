@@ -29,7 +29,7 @@ class Server:
 
     def __init__(self, serve: Serve, *, key: str = "") -> None:
         self.adapters: set[str] = set()
-        self.loads = 0
+        self.loads = self.unloads = 0
         self.refuses = False
         self.stalls = False
         self._key = key
@@ -56,6 +56,10 @@ class Server:
         elif scope["path"] == "/v1/load_lora_adapter":
             self.loads += 1
             self.adapters.add(json.loads(raw)["lora_name"])
+        elif scope["path"] == "/v1/unload_lora_adapter" and self.stalls:
+            self.unloads += 1
+            await receive()  # until whoever asks has had enough
+            return
         elif scope["path"] == "/v1/unload_lora_adapter":
             self.adapters.remove(json.loads(raw)["lora_name"])
         await send({"type": "http.response.start", "status": status, "headers": []})
@@ -117,6 +121,20 @@ def test_the_one_run_here_is_found_again_to_unload(serve: Serve, tmp_path: Path,
     with lock:
         write_place(tmp_path, VllmPlace("ready", first.url, "k1", "base"))
         asyncio.run(play())
+
+
+def test_one_that_is_away_is_waited_for_once(serve: Serve, tmp_path: Path, shelf: AdapterShelf) -> None:
+    away, there = Server(serve), Server(serve)
+    away.stalls = True
+    names = [f"understudy-{number:012x}" for number in range(3)]
+    for name in names:
+        (tmp_path / "adapters" / name).mkdir()
+        shelf.note(name, Loaded(f"{away.url}/v1", None))
+    there.adapters.add(NAME)
+    shelf.note(NAME, Loaded(f"{there.url}/v1", None))
+    assert asyncio.run(tidy(tmp_path, shelf, [*names, NAME], patience_s=0.3)) == [NAME]
+    assert away.unloads == 1
+    assert shelf.names() == names
 
 
 def test_one_that_has_ended_has_forgotten(tmp_path: Path, shelf: AdapterShelf) -> None:
