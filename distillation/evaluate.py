@@ -113,7 +113,7 @@ def evaluate(
         task=task,
         release=name,
         live=is_live,
-        student=str(card.get("student")),
+        student=_student(card),
         created=created,
         threshold=past.router.threshold,
         promise=promise,
@@ -143,6 +143,12 @@ def evaluate(
         left_out=dict(dataset.left_out),
         notes=notes,
     )
+
+
+def _student(card: Json) -> str:
+    """The kind of student, and what a `linear` one was fitted to if that isn't the usual."""
+    over = " over embeddings" if card.get("features") == "embedding" else ""
+    return f"{card.get('student')}{over}"
 
 
 def _source(settings: Settings, store: ReleaseStore, policy: TaskSettings, release: Release) -> LabelSource:

@@ -173,9 +173,10 @@ class TestTheLog:
 
     def test_a_named_release_and_the_ones_before(self, released: Path) -> None:
         store = ReleaseStore(released)
-        again = store.write("intents", store.read("intents", "r0001").files, {"student": "linear"})
+        card = {"student": "linear", "features": "embedding"}
+        again = store.write("intents", store.read("intents", "r0001").files, card)
         found = evaluate(settings(released), "intents", again)
-        assert (found.release, found.live) == ("r0002", False)
+        assert (found.release, found.live, found.student) == ("r0002", False, "linear over embeddings")
         assert [one.name for one in found.releases] == ["r0001", "r0002"]
         assert [one.live for one in found.releases] == [False, False]
         assert (found.admitted.look, found.answers) == (None, []), "this card says nothing"
