@@ -71,6 +71,7 @@ def main() -> int:
     )
     measured: dict[str, list[Outcome]] = {name: [] for name in names}
     missing: dict[str, str] = {}
+    before = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with stoppable(), Progress(*columns, console=errors, transient=True) as bar:
         whole = bar.add_task("students", total=len(names) * options.seeds)
@@ -83,6 +84,7 @@ def main() -> int:
             for name in names:
                 bar.update(whole, description=f"{name}, seed {seed}")
                 outcome = None if options.again else kept.read(name, seed)
+                before += outcome is not None
                 if outcome is None and name not in missing:
                     try:
                         lesson = kept.lesson(name, seed)
@@ -94,6 +96,12 @@ def main() -> int:
                     measured[name].append(outcome)
                 bar.advance(whole)
     _show({name: found for name, found in measured.items() if found}, missing, console)
+    if before:
+        console.print(
+            f"{before} of {sum(map(len, measured.values()))} were measured before, whatever has changed since "
+            f"(--again measures anew; without {options.cache} it also learns anew)",
+            highlight=False,
+        )
     return 0
 
 
@@ -140,11 +148,11 @@ def _measure(
     try:
         with CANDIDATES[name](means, split, work) as ready:
             known = learned(split, ready.choice, means, work, prices, lesson)
-            if (
-                ready.server is None and known.state_dir != lesson
-            ):  # a served one's release knows its server's port
-                lesson.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copytree(known.state_dir, lesson)
+            if ready.server is None and not lesson.is_dir():  # a served one's release knows its server's port
+                unfinished = lesson.with_name(f".{lesson.name}")
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+                shutil.copytree(known.state_dir, unfinished)
+                unfinished.rename(lesson)
             bar.update(step, advance=1, description=f"  {name}: alone")
             requests = [split.request(example.text) for example in split.test]
             probed = probe(
@@ -207,7 +215,8 @@ def _show(measured: dict[str, list[Outcome]], missing: dict[str, str], console: 
         console.print(table_of(measured))
         console.print(teacher_line(every), markup=False, highlight=False)
         console.print(
-            f"trained on {every[0].training:,} messages, tested on {every[0].tested:,}; {platform.machine()}, "
+            f"learned from {every[0].training:,} messages (an encoder and the tiny lm are trained on 70 % of them, and "
+            f"judged by the rest), tested on {every[0].tested:,}; {platform.machine()}, "
             f"{os.cpu_count()} cores, Python {platform.python_version()}, NumPy {np.__version__}{_versions()}",
             highlight=False,
         )

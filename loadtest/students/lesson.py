@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +36,15 @@ class Learned:
 def learned(split: Split, choice: Json, means: Means, work: Path, prices: PriceList, keep: Path) -> Learned:
     """Write the log and learn from it, in `work`; take what was learned before from `keep`, if that is there.
 
-    Raises NotLearned.
+    What is measured is never what is kept: load on it is logged, and may suspend its release. Raises NotLearned.
     """
-    state_dir = keep if keep.is_dir() else work / "state"
+    state_dir = work / "state"
     store = ReleaseStore(state_dir)
     config = work / "understudy.toml"
     config.write_text(configuration(state_dir, choice, means), encoding="utf-8")
-    if state_dir != keep:
+    if keep.is_dir():
+        shutil.copytree(keep, state_dir)
+    else:
         split.write_log(state_dir, prices)
         lesson = asyncio.run(learn(config, TASK, after=0, own_stack=True))
         if lesson.report is None:
@@ -51,7 +54,7 @@ def learned(split: Split, choice: Json, means: Means, work: Path, prices: PriceL
             raise NotLearned(said["message"])
     live = store.live(TASK)
     if live is None or live.release is None:
-        raise NotLearned(f"no release is live in {state_dir}: remove that folder to learn anew")
+        raise NotLearned(f"no release is live in {keep}: remove that folder to learn anew")
     release = store.read(TASK, live.release)
     folder = state_dir / "tasks" / TASK / "releases" / release.name
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -56,8 +56,17 @@ def _times(factor: float) -> str:
     return f"{factor:,.0f} ×"
 
 
+def _whole_usd(one: Outcome) -> float | None:
+    """USD per 1,000 answers at saturation, by the share of an hour that these take: the gateway's part is in it."""
+    through = one.through
+    if not through.device_s or not through.per_s:
+        return None
+    usd_per_1000_s = through.usd_per_1000 / through.device_s
+    return usd_per_1000_s / through.per_s
+
+
 def _times_cheaper(one: Outcome) -> float | None:
-    usd = one.through.usd_per_1000
+    usd = _whole_usd(one)
     return None if one.teacher_usd_per_1000 is None or not usd else one.teacher_usd_per_1000 / usd
 
 
@@ -76,11 +85,12 @@ MEASURES = (
     Measure("through a gateway on one core", lambda one: one.through.per_s, _rate),
     Measure("of those, not the student's", lambda one: one.through.others, _share, compared=False),
     Measure("of its core for an answer there", lambda one: one.through.device_s, _millis),
-    Measure("USD per 1,000 answers", lambda one: one.through.usd_per_1000, _dollars),
+    Measure("USD per 1,000 answers, for that time", lambda one: one.through.usd_per_1000, _dollars),
+    Measure("USD per 1,000 answers, with the gateway", _whole_usd, _dollars),
     Measure(
         "faster than a teacher of 1 s, by its p50", lambda one: TEACHER_S / one.alone.p50_s, _times, False
     ),
-    Measure("cheaper than GPT-4", _times_cheaper, _times, compared=False),
+    Measure("cheaper than GPT-4, with the gateway", _times_cheaper, _times, compared=False),
     Measure("learning: seconds of a core", lambda one: one.learning_s, "{:,.0f} s".format),
 )
 
