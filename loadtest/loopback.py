@@ -7,7 +7,7 @@
     GET  /v1/connections             {"open": int, "hung_up": {x-request-id: seconds on the machine's monotonic clock}}
 
 Run as a process of its own, so that the client under test doesn't share its event loop:
-`python -m loadtest.loopback` prints its port and ends when its standard input is closed.
+`python -m loadtest.loopback [MODEL]` prints its port and ends when its standard input is closed.
 """
 
 from __future__ import annotations
@@ -21,22 +21,7 @@ import httptools
 import orjson
 import uvloop
 
-_COMPLETION = orjson.dumps(
-    {
-        "id": "chatcmpl-1",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "gpt-4o",
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": "card_arrival"},
-                "finish_reason": "stop",
-            }
-        ],
-        "usage": {"prompt_tokens": 300, "completion_tokens": 4, "total_tokens": 304},
-    }
-)
+MODEL = "gpt-4o"
 _CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'
 _STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 EVENTS = 10
@@ -54,14 +39,33 @@ def _framed(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-_ANSWER = _whole(_COMPLETION)
+def _completion(model: str) -> bytes:
+    return orjson.dumps(
+        {
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": model,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": "card_arrival"},
+                    "finish_reason": "stop",
+                }
+            ],
+            "usage": {"prompt_tokens": 300, "completion_tokens": 4, "total_tokens": 304},
+        }
+    )
+
+
 _STREAM = _STREAM_HEAD + _framed(_CHUNK) * EVENTS + _framed(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
 class Loopback(asyncio.Protocol):
-    """One connection. `connections` and `hung_up` are shared by all of a server."""
+    """One connection. `answer`, a whole response, `connections` and `hung_up` are shared by all of a server."""
 
-    def __init__(self, connections: set[Loopback], hung_up: dict[str, float]) -> None:
+    def __init__(self, answer: bytes, connections: set[Loopback], hung_up: dict[str, float]) -> None:
+        self._answer = answer
         self._connections = connections
         self._hung_up = hung_up
         self._transport: asyncio.Transport | None = None
@@ -109,7 +113,7 @@ class Loopback(asyncio.Protocol):
             return
         match self._path:
             case b"/v1/answer" | b"/at-once/chat/completions":
-                self._transport.write(_ANSWER)
+                self._transport.write(self._answer)
             case b"/v1/stream":
                 self._transport.write(_STREAM)
             case b"/v1/connections":
@@ -122,12 +126,15 @@ class Loopback(asyncio.Protocol):
         self._reset()
 
 
-async def serve() -> None:
-    """Serve on a free port of the loopback interface until standard input is closed."""
+async def serve(model: str) -> None:
+    """Serve on a free port of the loopback interface until standard input is closed; answers come from `model`."""
+    answer = _whole(_completion(model))
     loop = asyncio.get_running_loop()
     connections: set[Loopback] = set()
     hung_up: dict[str, float] = {}
-    server = await loop.create_server(lambda: Loopback(connections, hung_up), "127.0.0.1", 0, backlog=1024)
+    server = await loop.create_server(
+        lambda: Loopback(answer, connections, hung_up), "127.0.0.1", 0, backlog=1024
+    )
     sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
     sys.stdout.flush()
     await asyncio.to_thread(sys.stdin.read)
@@ -135,4 +142,4 @@ async def serve() -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(serve())
+    uvloop.run(serve(*sys.argv[1:] or [MODEL]))

@@ -17,7 +17,7 @@ from loadtest.students.candidates import Means
 from loadtest.students.lesson import Learned, configuration
 from loadtest.students.outcome import Through
 from loadtest.students.probe import AT_ONCE
-from loadtest.students.split import TASK
+from loadtest.students.split import TASK, TEACHER
 from loadtest.throughput.hammer import Volley, fire
 from loadtest.throughput.scene import teacher
 from serving.exchange import Json
@@ -44,7 +44,7 @@ def through_a_gateway(
     Raises what a gateway that doesn't start, or loses a connection, raises.
     """
     count = max(_FEWEST, min(_MOST, round(expected_per_s * seconds)))
-    with teacher() as teacher_url:
+    with teacher(TEACHER) as teacher_url:  # one by another name would suspend the release
         config = work / "gateway.toml"
         config.write_text(configuration(learned.state_dir, choice, means, teacher_url), encoding="utf-8")
         with pinned(means.core):

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from loadtest.loopback import MODEL
 from loadtest.processes import pinned
 from loadtest.stack import KEY_VARIABLE, Child, start_gateway
 from routers.confidence import Confidence
@@ -94,10 +95,13 @@ class Running:
 
 
 @contextlib.contextmanager
-def teacher() -> Iterator[str]:
-    """Run a teacher that answers at once; give the URL it has as one."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "loadtest.loopback"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+def teacher(model: str = MODEL) -> Iterator[str]:
+    """Run a teacher that answers at once, under a model's name; give the URL it has as one."""
+    process = subprocess.Popen(  # noqa: S603 - our own module
+        [sys.executable, "-m", "loadtest.loopback", model],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     with process:
         if process.stdin is None or process.stdout is None:

@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 from rich.console import Console
 
@@ -15,8 +16,9 @@ from loadtest.stack import command, environment
 from loadtest.students.outcome import Alone, Kept, Outcome, Quality, Through
 from loadtest.students.probe import Said
 from loadtest.students.quality import quality_of
-from loadtest.students.split import Example, NoRecording, read_split
+from loadtest.students.split import TEACHER, Example, NoRecording, read_split
 from loadtest.students.table import table_of
+from loadtest.throughput.scene import teacher
 from routers.confidence import Confidence
 from routers.router import Router
 
@@ -107,6 +109,13 @@ def test_students_stand_beside_the_first_one(capsys: pytest.CaptureFixture[str])
     assert "5,000 ×" in said and "200 ×" in said, "faster than the teacher"
     # 2.5e-6 USD buy 0.2 s of a core, and 1,000 answers take a third of a second of it, the gateway's part included.
     assert "$0.000004" in said and "3,600,000 ×" in said, "cheaper"
+
+
+def test_the_stand_in_answers_under_the_teachers_name() -> None:
+    """Twenty answers to what is escalated by another name suspend a release in the middle of its measurement."""
+    with teacher(TEACHER) as url:
+        answer = httpx.post(f"{url}/chat/completions", json={"messages": []})
+    assert answer.json()["model"] == TEACHER
 
 
 def test_a_student_is_learned_and_measured_as_it_is_served(data: Path, tmp_path: Path) -> None:
