@@ -13,9 +13,10 @@ it, and says how the two speak. JOB is a JSON file:
 The head is linear, over the mean of what the body makes of a text's tokens (Reimers & Gurevych, 2019). It is fitted to
 the body as it is first, then both are tuned (linear probing, then fine-tuning: Kumar et al., 2022): a head that knows
 nothing yet would teach the body nonsense, and epochs would go by until that is out again. A tenth of the texts is held
-back to tell after which epoch it was best, the first fit included. What words mean by themselves, the body's largest
-table, isn't touched: a few thousand texts would only have it forget those that aren't in them. Batches are of texts
-about as long as each other, since padding is most of the work otherwise.
+back to tell after which epoch it was best, the first fit included; by the loss at the temperature that suits them best
+(Guo et al., 2017), since a confidence is fitted to the logits afterwards, whatever their scale. What words mean by
+themselves, the body's largest table, isn't touched: a few thousand texts would only have it forget those that aren't in
+them. Batches are of texts about as long as each other, since padding is most of the work otherwise.
 
 OUT is a Hugging Face folder of the body, with `id2label` in its config and the tokenizer, and the head beside it:
 `head.safetensors`, `weight` float32[k, d] and `bias` float32[k].
@@ -44,6 +45,7 @@ _PROBE_PENALTY = 1e-2
 _WARM_UP = 0.1
 _WEIGHT_DECAY = 0.01
 _SAY_EVERY_S = 5.0
+_TEMPERATURES = (0.25, 8.0, 41)
 
 Json = dict[str, Any]
 Places = Any
@@ -254,7 +256,7 @@ class _Tuning:
         self._whole.train()
         total, texts = 0.0, 0
         for places in self._batches(self._training, shuffled=True):
-            losses, _ = self._losses(places)
+            losses = self._losses(places)
             self._optimiser.zero_grad(set_to_none=True)
             losses.mean().backward()
             self._torch.nn.utils.clip_grad_norm_(self._whole.parameters(), 1.0)
@@ -265,20 +267,25 @@ class _Tuning:
         return total / texts
 
     def _measured(self, places: Places) -> tuple[float, float]:
-        """The mean loss on texts, and the share of them that is answered as labelled."""
+        """The mean loss on texts, their logits scaled by what suits them best; the share answered as labelled."""
+        torch = self._torch
         self._whole.eval()
-        total, right = 0.0, 0
-        with self._torch.no_grad():
+        taken, answers = [], []
+        with torch.no_grad():
             for some in self._batches(places, shuffled=False):
-                losses, hits = self._losses(some)
-                total, right = total + float(losses.sum()), right + int(hits.sum())
-        return total / len(places), right / len(places)
+                taken.append(self._head(self._features(some)))
+                answers.append(self._answers[some].to(self._device))
+        logits, right = torch.cat(taken), torch.cat(answers)
+        scaled = [
+            float(torch.nn.functional.cross_entropy(logits / temperature, right))
+            for temperature in self._numpy.geomspace(*_TEMPERATURES)
+        ]
+        return min(scaled), float((logits.argmax(dim=1) == right).float().mean())
 
-    def _losses(self, places: Places) -> tuple[Any, Any]:
+    def _losses(self, places: Places) -> Any:
         right = self._answers[places].to(self._device)
         logits = self._head(self._features(places))
-        losses = self._torch.nn.functional.cross_entropy(logits, right, reduction="none")
-        return losses, logits.argmax(dim=1) == right
+        return self._torch.nn.functional.cross_entropy(logits, right, reduction="none")
 
     def _features(self, places: Places) -> Any:
         """The mean over the tokens of each text, float32[m, d]."""

@@ -21,7 +21,7 @@ from serving.releases import ReleaseStore
 
 Make = Callable[..., Any]
 PARCELS = Path(__file__).parents[1] / "examples" / "parcels.csv"
-ALPHA = 0.25
+ALPHA = 0.1
 WIDE, DEEP, PLACES = 256, 2, 48
 
 
