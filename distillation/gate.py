@@ -56,7 +56,7 @@ class Look(Generic[R_co]):
     seen the rows agree with the teacher (both weighted by 1/propensity). `losses` is the cross-validated log-loss of
     each model of confidence that was tried, `model` the one that was chosen. `hopeless` says which generations would be
     given up, `skipping` which requests the student wouldn't be shown, and why (`distillation.foreseeing`). `spread` is
-    how confidence is distributed over all traffic, None without any.
+    how confidence is distributed over all traffic that has one, None without any.
     """
 
     number: int
@@ -201,11 +201,14 @@ def judge(
 
 
 def spread_of(ranks: NDArray[np.float64], propensity: NDArray[np.float64]) -> Spread | None:
-    """How what people read of ranks is distributed over all traffic; 0 is read of what has none."""
-    if not len(ranks):
+    """How what people read of ranks is distributed over the traffic that has one.
+
+    What a student can't read, a text that is too long, has none when it is served either: nothing is followed of it.
+    """
+    ranked = np.isfinite(ranks)
+    if not ranked.any():
         return None
-    finite = np.isfinite(ranks)
-    return Spread.of(np.where(finite, sigmoid(np.where(finite, ranks, 0.0)), 0.0), 1.0 / propensity)
+    return Spread.of(sigmoid(ranks[ranked]), 1.0 / propensity[ranked])
 
 
 def rank_held_out(fitted: Scored, weights: NDArray[np.float64], seed: int) -> HeldOutConfidence:

@@ -259,6 +259,10 @@ def test_what_it_cant_read_is_never_accepted(tmp_path: Path) -> None:
     long = [row for row in dataset.rows if row.text.startswith("pin")]
     assert kind.remarks(dataset, look)["refused"] == len(long) > 50
     assert not any(look.candidate.accepts_row(row) for row in long)
+    assert look.spread is not None
+    assert look.spread.cuts[0] > 0, (
+        "a gateway follows the confidence of what is read, and so must what it is compared with"
+    )
     assert any(look.candidate.accepts_row(row) for row in dataset.rows)
 
 
