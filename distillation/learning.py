@@ -359,7 +359,7 @@ def _bet(
         result = {"outcome": outcome, "release": release, "coverage": card["coverage"]}
         journal.end(candidate.serial, candidate.number, candidate.labels, result)
     message = too_late or _message(outcome, release, card, policy)
-    if outcome == "held" and look.verdict.passed:
+    if outcome == "held" and look.verdict.passed and too_late is None:
         message = "what has passed is out already; the next level hasn't yet"
     message += f" ({look.labels} labels since candidate {candidate.number} was fixed)"
     labels = len(dataset.rows)
