@@ -36,7 +36,7 @@ class Means:
     `core` is the one that a student may use.
     """
 
-    python: Path | None
+    python: Path
     base: Path | None
     lm_model: Path | None
     lm_usd_per_hour: float | None
@@ -111,10 +111,10 @@ def _sentence_encoder(means: Means) -> Path:
 
 
 def _python(means: Means) -> Path:
-    if means.python is None or not means.python.is_file():
+    if not means.python.is_file():
         raise Missing(
-            f"it needs the Python of an environment with torch and vLLM (make install-vllm) and got {means.python}: "
-            "name it with --python or UNDERSTUDY_VLLM_PYTHON"
+            f"it needs the Python of an environment with torch and vLLM (make install-vllm), and {means.python} isn't "
+            "there: name it with --python or UNDERSTUDY_VLLM_PYTHON"
         )
     return means.python
 

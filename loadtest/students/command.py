@@ -48,7 +48,7 @@ def main() -> int:
         errors.print("it takes two cores: one for the student, one for its clients")
         return 2
     means = Means(
-        python=options.python,
+        python=options.python.absolute(),
         base=options.base,
         lm_model=options.lm_model,
         lm_usd_per_hour=options.lm_usd_per_hour,
@@ -118,8 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--python",
         type=Path,
-        default=os.environ.get("UNDERSTUDY_VLLM_PYTHON"),
-        help="the Python that has torch and vLLM (default: UNDERSTUDY_VLLM_PYTHON)",
+        default=os.environ.get("UNDERSTUDY_VLLM_PYTHON") or Path(".venv-vllm/bin/python"),
+        help="the Python that has torch and vLLM (default: UNDERSTUDY_VLLM_PYTHON, else .venv-vllm/bin/python)",
     )
     parser.add_argument("--base", type=Path, help="the folder of all-MiniLM-L6-v2 in Hugging Face's form")
     parser.add_argument("--lm-model", type=Path, help="the folder of a language model (default: a tiny one)")
