@@ -22,7 +22,7 @@ from serving.disk import Disk
 from serving.encoder_folder import WEIGHTS, EmbedderFolder, UnfitEncoder
 from serving.engines import MODEL_FILE, TOKENIZER_FILE, Engines
 from serving.errors import DamagedRelease
-from serving.settings import LearningSettings
+from serving.settings import Settings
 
 if TYPE_CHECKING:
     from serving.text_model import TextModel  # an extra: imported only where a model is loaded
@@ -51,8 +51,7 @@ class SentenceEncoder:
 
 def read_embedder(
     folder: Path,
-    state_dir: Path,
-    learning: LearningSettings,
+    settings: Settings,
     engines: Engines,
     progress: Callable[[str], None] = lambda _: None,
     disk: Disk | None = None,
@@ -70,9 +69,9 @@ def read_embedder(
         except DamagedRelease as error:
             if not found.exportable:
                 raise UnfitEncoder(f"student.embedder: the export in {folder} won't do: {error}") from error
-    made = state_dir / "embedders" / _checksum(folder)
+    made = settings.state_dir / "embedders" / _checksum(folder)
     if not made.is_dir():
-        _make(folder, made, learning, progress, disk or Disk())
+        _make(folder, made, settings, progress, disk or Disk())
     files = _read(made / MODEL_FILE, made / TOKENIZER_FILE)
     try:
         return SentenceEncoder(files, engines.text_model(files))
@@ -94,9 +93,7 @@ def _read(model: Path, tokenizer: Path) -> Mapping[str, bytes]:
     return files
 
 
-def _make(
-    folder: Path, made: Path, learning: LearningSettings, progress: Callable[[str], None], disk: Disk
-) -> None:
+def _make(folder: Path, made: Path, settings: Settings, progress: Callable[[str], None], disk: Disk) -> None:
     """Export it beside, and give it its name once it is whole. Whoever wants the same meanwhile waits, and gets it."""
     disk.make_directory(made.parent)
     with _locked(made.parent / ".lock"):
@@ -111,11 +108,11 @@ def _make(
                 "out": str((work / "out").resolve()),
                 "gives": "embedding",
                 "precision": "fp32",
-                "threads": learning.threads,
+                "threads": settings.learning.threads,
             }
             progress(f"exporting the sentence encoder in {folder}")
             try:
-                run_script(_SCRIPT, job, learning, work, lambda _: None)
+                run_script(_SCRIPT, job, settings, work, lambda _: None)
             except TrainingFailed as error:
                 raise UnfitEncoder(f"student.embedder: {error}") from error
             for name in (MODEL_FILE, TOKENIZER_FILE):

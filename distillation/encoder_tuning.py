@@ -99,7 +99,7 @@ class FineTuning:
             "seed": SEED,
             "threads": self._settings.learning.threads,
         }
-        run_script(_TRAINING, job, self._settings.learning, folder, lambda said: progress(_words(said)))
+        run_script(_TRAINING, job, self._settings, folder, lambda said: progress(_words(said)))
 
     def _exported(self, folder: Path) -> dict[str, bytes]:
         out = folder / "exported"
@@ -111,7 +111,7 @@ class FineTuning:
             "longest": LONGEST,
             "threads": self._settings.learning.threads,
         }
-        run_script(_EXPORT, job, self._settings.learning, folder, lambda _: None)
+        run_script(_EXPORT, job, self._settings, folder, lambda _: None)
         return {name: (out / name).read_bytes() for name in (MODEL_FILE, TOKENIZER_FILE)}
 
 

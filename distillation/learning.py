@@ -217,7 +217,7 @@ def _kind(settings: Settings, policy: TaskSettings, engines: Engines) -> Kind:
 def _load_encoder(settings: Settings, folder: Path, engines: Engines, progress: Progress) -> SentenceEncoder:
     from distillation.embedder import read_embedder
 
-    return read_embedder(folder, settings.state_dir, settings.learning, engines, progress)
+    return read_embedder(folder, settings, engines, progress)
 
 
 def _look(

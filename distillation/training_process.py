@@ -25,15 +25,15 @@ from typing import IO
 
 import orjson
 
+from serving.child_environment import child_environment
 from serving.errors import UnderstudyError
 from serving.exchange import Json
 from serving.layout import training_directory
-from serving.settings import LearningSettings
+from serving.settings import Settings
 
 _NICENESS = 10
 _LAST_BYTES = 4096
 _LAST_LINES = 5
-_NOT_FOR_ANOTHER_PYTHON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
 class TrainingFailed(UnderstudyError):
@@ -61,13 +61,13 @@ def training_folder(state_dir: Path, task: str) -> Iterator[Path]:
 
 
 def run_script(
-    script: Path, job: Json, settings: LearningSettings, folder: Path, progress: Callable[[Json], None]
+    script: Path, job: Json, settings: Settings, folder: Path, progress: Callable[[Json], None]
 ) -> Json:
     """Run a script on a job, to its end; gives what it came to. `progress` hears how far it is.
 
     What the script writes beside that goes into `folder`, where it also runs. Raises TrainingFailed.
     """
-    python = _python(settings.python)
+    python = _python(settings.learning.python)
     path, errors = folder / "job.json", folder / "stderr"
     path.write_bytes(orjson.dumps(job))
     try:
@@ -78,7 +78,7 @@ def run_script(
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 cwd=folder,
-                env=_environment(settings.threads),
+                env=_environment(settings),
             )
     except OSError as error:
         raise TrainingFailed(
@@ -116,15 +116,14 @@ def _python(named: Path | None) -> str:
     return str(named.absolute()) if named.name != str(named) else str(named)
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """Our own environment, but that nothing is fetched, no more cores are taken, and no path of ours leads in."""
-    kept = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_ANOTHER_PYTHON}
+def _environment(settings: Settings) -> dict[str, str]:
+    """Our environment without keys: nothing is fetched, no more cores are taken, and no path of ours leads in."""
     return {
-        **kept,
+        **child_environment(settings, own_python=False),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(settings.learning.threads),
     }
 
 

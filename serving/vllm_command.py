@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from serving.child_environment import child_environment
 from serving.errors import ConfigError
-from serving.settings import ENV_PREFIX, Settings, VllmSettings
+from serving.settings import Settings, VllmSettings
 
 _SERVER = "vllm.entrypoints.openai.api_server"
-_NOT_PASSED_ON = ("PROMETHEUS_MULTIPROC_DIR", "OPENAI_API_KEY", "VLLM_API_KEY")
-"""What would mix its metrics with ours, and keys that are none of its business."""
-_OF_OUR_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
-
 INSTALL_VLLM = "install vLLM there (pip install vllm), or name the Python that has it: student.vllm.python"
 
 
@@ -81,14 +77,7 @@ def environment_of(settings: Settings, vllm: VllmSettings, key: str) -> dict[str
 
     The key isn't on the command line, which everybody on the machine may read.
     """
-    hidden = {*_NOT_PASSED_ON, *_key_variables(settings)}
-    if vllm.python is not None:  # an environment of its own: ours has no place in it
-        hidden |= {*_OF_OUR_ENVIRONMENT}
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in hidden and not name.upper().startswith(ENV_PREFIX)
-    }
+    environment = child_environment(settings, own_python=vllm.python is None)
     # Nobody expects of a child that it imports what lies in the working directory (as `-P`, which Python 3.10 doesn't
     # know), reports to others, or colours a log; whoever does sets them otherwise.
     defaults: Mapping[str, str] = {
@@ -101,9 +90,3 @@ def environment_of(settings: Settings, vllm: VllmSettings, key: str) -> dict[str
     if vllm.enable_lora:
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
     return environment
-
-
-def _key_variables(settings: Settings) -> set[str]:
-    """The environment variables that hold keys, as far as the configuration names them."""
-    students = [settings.task_defaults.student, *(task.student for task in settings.task)]
-    return {settings.teacher.api_key_env, *(one.api_key_env for one in students if one.api_key_env)}

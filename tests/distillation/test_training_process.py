@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 
 from distillation.training_process import TrainingFailed, run_script, training_folder
-from serving.settings import LearningSettings
+from serving.settings import (
+    LearningSettings,
+    Settings,
+    StudentChoice,
+    StudentSettings,
+    TaskSettings,
+    TeacherSettings,
+    VllmSettings,
+)
 
 ENDS_WITH_PARENT = """
 import os, threading
@@ -39,7 +47,7 @@ def run(tmp_path: Path) -> Run:
             return run_script(
                 script,
                 job or {},
-                LearningSettings(**{"python": sys.executable, **changes}),
+                Settings(learning=LearningSettings(**{"python": sys.executable, **changes})),
                 folder,
                 changes.pop("progress", lambda _: None),
             )
@@ -67,7 +75,7 @@ def test_it_says_how_far_it_is_and_what_it_came_to(tmp_path: Path) -> None:
     heard: list[dict[str, Any]] = []
     with training_folder(tmp_path, "intents") as folder:
         job = {"steps": 2, "text": "Überweisung"}
-        done = run_script(script, job, LearningSettings(), folder, heard.append)
+        done = run_script(script, job, Settings(), folder, heard.append)
     assert done == {"text": "Überweisung"}
     assert heard == [{"step": 0}, {"step": 1}]
 
@@ -85,6 +93,38 @@ def test_nothing_of_ours_leads_in_and_nothing_is_fetched(run: Run, monkeypatch: 
     assert (done["HF_HUB_OFFLINE"], done["OMP_NUM_THREADS"]) == ("1", "3")
     assert done["nice"] >= 10
     assert str(Path(__file__).parents[2]) not in done["path"]
+
+
+def test_no_key_and_no_setting_of_ours_leads_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = (
+        "OPENAI_API_KEY",
+        "TEACHERS_KEY",
+        "STUDENTS_KEY",
+        "SERVERS_KEY",
+        "UNDERSTUDY_CACHE__URL",
+        "understudy_api_keys",
+    )
+    settings = Settings(
+        teacher=TeacherSettings(api_key_env="TEACHERS_KEY"),
+        student=StudentSettings(vllm=VllmSettings(urls=["http://127.0.0.1:1/v1"], api_key_env="SERVERS_KEY")),
+        task=[
+            TaskSettings(
+                name="intents",
+                student=StudentChoice(
+                    kind="lm", model="m", base_url="http://127.0.0.1:1/v1", api_key_env="STUDENTS_KEY"
+                ),
+            )
+        ],
+    )
+    for name in held:
+        monkeypatch.setenv(name, "sk-of-ours")
+    monkeypatch.setenv("LD_OF_THE_SYSTEM", "stays")
+    script = tmp_path / "script.py"
+    script.write_text("import json, os\nprint(json.dumps({'done': dict(os.environ)}))\n")
+    with training_folder(tmp_path / "state", "intents") as folder:
+        seen = run_script(script, {}, settings, folder, lambda _: None)
+    assert [name for name, value in seen.items() if name in held or "sk-of-ours" in value] == []
+    assert seen["LD_OF_THE_SYSTEM"] == "stays"
 
 
 def test_a_missing_module_says_where_and_what_to_do(run: Run) -> None:
@@ -153,9 +193,9 @@ def test_it_ends_with_us(tmp_path: Path, by: signal.Signals) -> None:
             "-c",
             "from pathlib import Path\n"
             "from distillation.training_process import run_script, training_folder\n"
-            "from serving.settings import LearningSettings\n"
+            "from serving.settings import Settings\n"
             f"with training_folder(Path({str(tmp_path / 'state')!r}), 'intents') as folder:\n"
-            f"    run_script(Path({str(script)!r}), {{}}, LearningSettings(), folder, print)\n",
+            f"    run_script(Path({str(script)!r}), {{}}, Settings(), folder, print)\n",
         ],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
@@ -187,6 +227,6 @@ def test_a_training_that_is_broken_off_ends_its_process(tmp_path: Path) -> None:
 
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), training_folder(tmp_path, "intents") as folder:
-        run_script(script, {}, LearningSettings(), folder, enough)
+        run_script(script, {}, Settings(), folder, enough)
     assert time.monotonic() - began < 300
     assert not Path(f"/proc/{heard[0]}").exists()
