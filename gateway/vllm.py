@@ -32,7 +32,14 @@ from gateway.vllm_log import VllmLog
 from gateway.vllm_probe import VllmProbe
 from serving import leash
 from serving.settings import Settings, VllmSettings
-from serving.vllm_command import INSTALL_VLLM, command_of, environment_of, not_there, served_name
+from serving.vllm_command import (
+    INSTALL_VLLM,
+    command_of,
+    environment_of,
+    not_there,
+    served_name,
+    without_secrets,
+)
 from serving.vllm_place import Phase, VllmPlace, lock_file, remove_place, write_place
 
 log = logging.getLogger("understudy.vllm")
@@ -176,7 +183,7 @@ class _Life:
         self._ready_at: float | None = None
         self._group: int | None = None
         key = secrets.token_urlsafe(32)
-        self._log = VllmLog([key], on_line=self._hear)
+        self._log = VllmLog([key, *without_secrets(vllm.args)[1]], on_line=self._hear)
         self._place = VllmPlace("starting", "", key, served_name(vllm), restarts)
 
     @property
@@ -233,7 +240,7 @@ class _Life:
         port = self._vllm.port or _free_port(self._vllm.host)
         self._place = dataclasses.replace(self._place, url=_root_url(self._vllm.host, port))
         command = command_of(self._vllm, port)
-        log.info("vLLM starts: %s", " ".join(command))
+        log.info("vLLM starts: %s", " ".join(without_secrets(command)[0]))
         child = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-I", "-S", str(Path(leash.__file__))),

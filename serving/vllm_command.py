@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from serving.child_environment import child_environment
@@ -12,6 +13,15 @@ from serving.errors import ConfigError
 from serving.settings import Settings, VllmSettings
 
 _SERVER = "vllm.entrypoints.openai.api_server"
+_HIDDEN = "…"
+_SECRET = re.compile(r"token|key|secret|passw|credential")
+_NO_SECRETS = ("tokens", "tokenizer")
+"""Words of flags that count tokens, or say what makes them."""
+_JSON_STRING = re.compile(r'("([^"\\]+)"\s*:\s*")((?:[^"\\]|\\.)+)"')
+_LOOKS_LIKE_A_TOKEN = re.compile(r"\b(?:hf_|sk-|ghp_|glpat-)[\w-]{8,}|(?<=://)[^/@\s]+(?=@)")
+_SHORTEST_SECRET = 4
+"""What is shorter stands in too many lines that have nothing to do with it."""
+
 INSTALL_VLLM = "install vLLM there (pip install vllm), or name the Python that has it: student.vllm.python"
 
 
@@ -70,6 +80,42 @@ def command_of(vllm: VllmSettings, port: int) -> list[str]:
     if vllm.enable_lora:
         command.append("--enable-lora")
     return [*command, *vllm.args]
+
+
+def without_secrets(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments as they may be shown, with … for what is nobody's business, and the values that this replaced.
+
+    That is what follows a flag with token, key, secret, password or the like in its name, such strings within JSON, and
+    whatever looks like a token.
+    """
+    shown: list[str] = []
+    secrets: list[str] = []
+    hides = False
+
+    def hide(value: str) -> str:
+        secrets.append(value)
+        return _HIDDEN
+
+    for argument in args:
+        if argument.startswith("-"):
+            flag, equals, value = argument.partition("=")
+            hides = _names_secret(flag)
+            shown.append(f"{flag}={hide(value)}" if equals and hides else _hidden_within(argument, hide))
+        else:
+            shown.append(hide(argument) if hides else _hidden_within(argument, hide))
+    return shown, [secret for secret in secrets if len(secret) >= _SHORTEST_SECRET]
+
+
+def _names_secret(name: str) -> bool:
+    words = re.split(r"[-_.]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower())
+    return any(_SECRET.search(word) and word not in _NO_SECRETS for word in words)
+
+
+def _hidden_within(text: str, hide: Callable[[str], str]) -> str:
+    text = _JSON_STRING.sub(
+        lambda found: found[1] + hide(found[3]) + '"' if _names_secret(found[2]) else found[0], text
+    )
+    return _LOOKS_LIKE_A_TOKEN.sub(lambda found: hide(found[0]), text)
 
 
 def environment_of(settings: Settings, vllm: VllmSettings, key: str) -> dict[str, str]:

@@ -212,10 +212,11 @@ def test_what_it_says_is_logged_without_keys_and_without_end(
         says=[
             "\x1b[32m(APIServer pid=1)\x1b[0m WARNING 11-22 10:00:00 [a.py:1] a warning",
             "a line that goes on with it",
+            "INFO 11-22 10:00:00 [c.py:1] non-default args: {'hf_token': 'of-a-person'}",
             *(f"INFO 11-22 10:00:00 [b.py:2] line {n}" for n in range(500)),
         ]
     )
-    with Vllm(pretend_vllm.settings(), rhythm=QUICK):
+    with Vllm(pretend_vllm.settings(args=["--hf-token", "of-a-person"]), rhythm=QUICK):
         eventually(lambda: pretend_vllm.phase() == "ready")
         place = pretend_vllm.place()
         assert place is not None
@@ -230,6 +231,9 @@ def test_what_it_says_is_logged_without_keys_and_without_end(
     ]
     assert 40 < sum("line " in record.message for record in records) < 300
     assert place.key not in caplog.text
+    assert "of-a-person" not in caplog.text
+    assert "--hf-token …" in caplog.text
+    assert "{'hf_token': '…'}" in caplog.text
     assert "HTTP/1.1" not in caplog.text, "no access log"
 
 
