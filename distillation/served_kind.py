@@ -43,6 +43,7 @@ from serving.adapter_shelf import AdapterShelf
 from serving.adapter_tidying import tidy
 from serving.agreement import comparison
 from serving.beginning import may_become
+from serving.classify import ClassifyStudent
 from serving.classify_plan import ClassifyPlan
 from serving.engines import Engines
 from serving.errors import DamagedRelease, UnknownRelease, UpstreamError
@@ -51,7 +52,7 @@ from serving.guarded_student import StudentUnavailable
 from serving.pool import Pool
 from serving.redaction import Redactor
 from serving.releases import Release, ReleaseStore
-from serving.served import is_served, plan_of, read_plan, served_student
+from serving.served import ServedPlan, is_served, plan_of, read_plan, served_student
 from serving.settings import Settings, TaskSettings
 from serving.student import Student
 from serving.student_answers import StudentAnswers
@@ -106,6 +107,7 @@ class ServedKind:
             return past, dataset
         answers = {**self._kept.read(), **_logged(exchanges, own)}
         missing = [row for row in dataset.rows if row.id not in answers]
+        self._plan = self._tested_before(own)
         if missing:
             with self._shelf.in_use() if self._adapter is not None else nullcontext():
                 asyncio.run(self._ask(missing, answers, progress))
@@ -241,6 +243,8 @@ class ServedKind:
         try:
             await self._prepare(student)
             await ask(student, rows, keep, progress=lambda said: progress(f"{self._policy.name}: {said}"))
+            if isinstance(student, ClassifyStudent):
+                self._plan = student.tested()
         finally:
             await student.aclose()
             await pool.aclose()
@@ -277,6 +281,19 @@ class ServedKind:
             except (DamagedRelease, UnknownRelease):
                 continue  # said when its traffic is left out
         return own
+
+    def _tested_before(self, own: set[str]) -> ServedPlan:
+        """The plan with what the newest of its own releases knows of the model: an answer that was kept tells no more.
+
+        A model that answers otherwise now is another, and mustn't be judged by what this one has answered.
+        """
+        if not isinstance(self._plan, ClassifyPlan):
+            return self._plan
+        for name in sorted(own, reverse=True):
+            found = read_plan(self._store.read(self._policy.name, name).files)
+            if isinstance(found, ClassifyPlan) and found.classes is not None:
+                return dataclasses.replace(self._plan, classes=found.classes, labels=found.labels)
+        return self._plan
 
     def _is_own(self, release: Release) -> bool:
         if not is_served(release):

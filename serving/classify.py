@@ -10,6 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 from serving.classification import Classification
 from serving.classify_plan import ClassifyPlan
@@ -29,7 +30,7 @@ class ClassifyStudent:
     """A classifier, asked at `server`, which it owns.
 
     What its answers show of its classes, how many there are and how they are called, may not change: another model
-    answers under the same name then, and what was tested is void.
+    answers under the same name then, and what was tested is void. What the plan knows of them holds from the start.
     """
 
     streams = False
@@ -39,8 +40,8 @@ class ClassifyStudent:
         self.patience_s = plan.timeout_s
         self._server = server
         self._asked = 0
-        self._classes: int | None = None
-        self._labels: dict[int, str] = {}  # at most one for each class
+        self._classes = plan.classes
+        self._labels = dict(plan.labels)  # at most one for each class
 
     @classmethod
     def of(cls, plan: ClassifyPlan, engines: Engines | None = None) -> ClassifyStudent:
@@ -101,6 +102,10 @@ class ClassifyStudent:
             device_s=share.seconds,
         )
 
+    def tested(self) -> ClassifyPlan:
+        """The plan with what the answers have shown of the model's classes: what a release of it keeps."""
+        return replace(self.plan, classes=self._classes, labels=tuple(sorted(self._labels.items())))
+
     def stream(self, request: Json) -> None:
         """None: an answer is whole at once."""
 
@@ -121,7 +126,7 @@ class ClassifyStudent:
         if found.classes != classes:
             raise StudentBroken(
                 f"the student tells {found.classes} classes apart, and told {classes} apart before: "
-                "is it another model?"
+                "is it another model? A new one needs a new name (student.model)"
             )
         known = self._labels.get(found.index)
         if known is None and found.label not in self._labels.values():
@@ -129,7 +134,7 @@ class ClassifyStudent:
         elif known != found.label:
             raise StudentBroken(
                 f"the student's most probable class, number {found.index}, is called {found.label[:40]!r}: that isn't "
-                "as before; is it another model?"
+                "as before; is it another model? A new one needs a new name (student.model)"
             )
 
     def files(self) -> dict[str, bytes]:

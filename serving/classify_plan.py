@@ -27,7 +27,9 @@ class ClassifyPlan:
     `base_url` is that of the server's OpenAI-compatible part, `/v1` or not: `/classify` lies beside it; None: one of
     `student.vllm` is asked. `api_key_env` names the environment variable with its key, `timeout_s` bounds an answer,
     `sees` is what of a request the classifier gets to see (`serving.sight`). An answer is whole at once: there are no
-    checkpoints on the way.
+    checkpoints on the way. `classes` is how many classes the model told apart when it was tested, and `labels` what
+    those that it answered with are called, by number; None and none: that isn't known. A model that answers otherwise
+    is another.
     """
 
     base_url: str | None
@@ -35,6 +37,8 @@ class ClassifyPlan:
     api_key_env: str | None = None
     timeout_s: float = 30.0
     sees: Sees = "message"
+    classes: int | None = None
+    labels: tuple[tuple[int, str], ...] = ()
 
     marks: ClassVar[tuple[int, ...]] = ()
     commit_tokens: ClassVar[int] = 1
@@ -65,7 +69,10 @@ class ClassifyPlan:
                     f"{PLAN_FILE} has schema {read['schema']!r} of the kind {read['kind']!r}, this version reads "
                     f"{SCHEMA} of the kind {KIND}"
                 )
-            plan = cls(**{field.name: read[field.name] for field in dataclasses.fields(cls)})
+            read = {"classes": None, "labels": [], **read}  # plans written before don't say
+            labels = tuple((index, label) for index, label in read["labels"])
+            known = {field.name: read[field.name] for field in dataclasses.fields(cls)}
+            plan = cls(**{**known, "labels": labels})
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedRelease(
                 f"the served encoder can't be read: {type(error).__name__}: {error} in {PLAN_FILE}"
@@ -85,5 +92,16 @@ class ClassifyPlan:
             "api_key_env": self.api_key_env is None or isinstance(self.api_key_env, str),
             "timeout_s": type(timeout) in (int, float) and math.isfinite(timeout) and timeout > 0,
             "sees": self.sees in SIGHTS,
+            "classes": self.classes is None or (type(self.classes) is int and self.classes >= 2),
+            "labels": self._labels_fit(),
         }
         return next((name for name, fits in sound.items() if not fits), None)
+
+    def _labels_fit(self) -> bool:
+        """Whether each is of one class there is, and no two are the same."""
+        if not all(
+            type(index) is int and 0 <= index < (self.classes or 0) and isinstance(label, str)
+            for index, label in self.labels
+        ):
+            return False
+        return all(len({*column}) == len(self.labels) for column in zip(*self.labels, strict=True))

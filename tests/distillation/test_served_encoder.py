@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def test_from_a_log_to_a_release_and_its_evaluation(
     assert len(model.asked) == COUNT
     release = ReleaseStore(state).read("intents", "r0001")
     assert set(release.files) == {"student.json", "router.json", "held_out.json"}
-    assert ClassifyPlan.load(release.files) == ClassifyPlan.of(configured.for_task("intents").student)
+    plan = ClassifyPlan.of(configured.for_task("intents").student)
+    plan = replace(plan, classes=3, labels=tuple(enumerate(LABELS)))
+    assert ClassifyPlan.load(release.files) == plan
     judged = evaluate(configured, "intents")
     assert (judged.student, judged.live) == ("encoder", True)
     assert judged.log is not None
@@ -151,6 +154,34 @@ def test_a_gateway_answers_with_it(
     assert (served.student.model, served.student.signals.keys()) == ("bert", {"probability", "entropy"})
     assert running.metric("understudy_upstream_errors_total", upstream="student", kind="unavailable") == 1
     assert httpx.get(f"{running.url}/readyz", verify=False).status_code == 200
+
+
+def test_another_model_under_its_name_is_believed_by_no_gateway_and_judged_by_no_look(
+    write_log: Make, exchanges: Make, classifier: Make, stand_in: Make, gateway: Make
+) -> None:
+    model, labels = Classifier(), [*LABELS]
+    state = write_log(exchanges(model.teacher.items()))
+    configured = settings(state, classifier(model, labels))
+    assert lesson(configured).release == "r0001"
+    labels[:] = [
+        "parcel",
+        "refund",
+        "card",
+    ]  # what is served now, before anybody of the new processes has asked
+    sure = max(model.probs, key=lambda text: max(model.probs[text]))
+    teacher = stand_in(model.teacher, model="big")
+    running = gateway(teacher.url, task=[task.model_dump(exclude_unset=True) for task in configured.task])
+    with running.client() as client:
+        answer = client.chat.completions.with_raw_response.create(**body(sure))
+    assert answer.headers["x-understudy-reason"] == "student_error"
+    assert answer.parse().choices[0].message.content == model.teacher[sure]
+    more = exchanges(
+        ((f"another {number}", "card") for number in range(200)), start=2_000_000.0, release="r0001"
+    )
+    write_log(more)
+    found = lesson(configured)
+    assert found.outcome == "held"
+    assert "is it another model?" in found.message
 
 
 def body(text: str, **more: Any) -> dict[str, Any]:

@@ -121,6 +121,39 @@ def test_another_model_under_the_same_name_isnt_believed(
         ask(url, "before", "after")
 
 
+@pytest.mark.parametrize(
+    ("labels", "probs", "said"),
+    [
+        (LABELS, SURE, None),
+        (("loan", "parcel", "refund"), SURE, None),  # a class it never answered with
+        (("card", "loan", "refund"), SURE, "number 1, is called 'loan'"),
+        (("parcel", "card", "refund"), SURE, "number 1, is called 'card'"),
+        ((*LABELS, "loan"), [*SURE, 0.0], "tells 4 classes apart, and told 3 apart before"),
+    ],
+)
+def test_nor_is_one_that_answers_under_it_after_a_restart(
+    classifier: Start, labels: Sequence[str], probs: list[float], said: str | None
+) -> None:
+    async def tested() -> ClassifyPlan:
+        student = ClassifyStudent.of(ClassifyPlan(classifier(lambda _: SURE, LABELS), "bert"))
+        try:
+            assert student.tested() == student.plan
+            await student.answer(asking("hello"))
+            return student.tested()
+        finally:
+            await student.aclose()
+
+    kept = ClassifyPlan.load(asyncio.run(tested()).files())
+    assert (kept.classes, kept.labels) == (3, ((1, "parcel"),))
+    now = {"classes": kept.classes, "labels": kept.labels}
+    url = classifier(lambda _: probs, labels)
+    if said is None:
+        assert len(ask(url, "hello", **now)) == 1
+        return
+    with pytest.raises(StudentBroken, match=said):
+        ask(url, "hello", **now)
+
+
 def test_one_that_isnt_there() -> None:
     with pytest.raises(UpstreamBroken, match="can't be reached"):
         ask("http://127.0.0.1:9/v1", "hello")
@@ -161,12 +194,20 @@ def test_what_it_sees_and_what_it_doesnt_support() -> None:
 
 
 class TestFiles:
-    PLAN = ClassifyPlan("http://localhost:8000/v1", "bert", "KEY", 5.0, "last")
+    PLAN = ClassifyPlan(
+        "http://localhost:8000/v1", "bert", "KEY", 5.0, "last", 3, ((0, "card"), (2, "refund"))
+    )
 
     def test_read_back(self) -> None:
         files = self.PLAN.files()
         assert ClassifyPlan.load(files) == read_plan(files) == self.PLAN
         assert isinstance(served_student(read_plan(files), TokenMeter), ClassifyStudent)
+
+    def test_plans_that_knew_no_classes_are_read(self) -> None:
+        written = orjson.loads(self.PLAN.files()[PLAN_FILE])
+        del written["classes"], written["labels"]
+        plan = ClassifyPlan.load({PLAN_FILE: orjson.dumps(written)})
+        assert (plan.model, plan.classes, plan.labels) == ("bert", None, ())
 
     @pytest.mark.parametrize(
         "change",
@@ -179,6 +220,15 @@ class TestFiles:
             {"timeout_s": "5"},
             {"sees": "all"},
             {"api_key_env": 7},
+            {"classes": 1},
+            {"classes": 2},
+            {"classes": None},
+            {"labels": 7},
+            {"labels": [[0]]},
+            {"labels": [[0, "card"], [0, "parcel"]]},
+            {"labels": [[0, "card"], [1, "card"]]},
+            {"labels": [[0, 7]]},
+            {"labels": [[{}, "card"]]},
         ],
     )
     def test_damage_is_told(self, change: Json) -> None:
