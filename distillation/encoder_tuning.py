@@ -22,6 +22,7 @@ from serving.engines import MODEL_FILE, TOKENIZER_FILE, Engines
 from serving.errors import ConfigError, DamagedRelease
 from serving.exchange import Json
 from serving.settings import Settings, TaskSettings
+from serving.tested_on import tested_on
 
 EPOCHS = 4
 BATCH = 16
@@ -63,7 +64,9 @@ class FineTuning:
                 self._train(base, texts, answers, space, folder, progress)
                 progress("writing it for ONNX Runtime")
                 files = self._exported(folder)
-            return load_closed_student({**files, ANSWERS_FILE: space.dump("encoder")}, self._engines)
+            runs_on = tested_on(self._settings.student.onnx.providers)
+            files[ANSWERS_FILE] = space.dump("encoder", **runs_on)
+            return load_closed_student(files, self._engines)
         except (ConfigError, DamagedRelease, TrainingFailed, UnfitEncoder) as error:
             raise StudentSilent(str(error)) from error
         except OSError as error:

@@ -28,6 +28,7 @@ from serving.errors import DamagedRelease
 from serving.linear import ARRAYS_FILE
 from serving.regression import Floats, Regression
 from serving.sight import Sees
+from serving.tested_on import tested_on
 
 FEATURES = "embedding"
 MODEL = "linear-embedding"
@@ -40,6 +41,11 @@ class Embedder(Protocol):
     @property
     def width(self) -> int:
         """How many numbers an embedding has."""
+        ...
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The execution providers it runs on."""
         ...
 
     def numbers(self, text: str) -> Floats:
@@ -77,7 +83,7 @@ class EmbeddedLinear:
         return {
             **{name: self.encoder[name] for name in (MODEL_FILE, TOKENIZER_FILE)},
             ARRAYS_FILE: arrays.getvalue(),
-            ANSWERS_FILE: self.space.dump("linear", features=FEATURES),
+            ANSWERS_FILE: self.space.dump("linear", features=FEATURES, **tested_on(self.embedder.providers)),
         }
 
 

@@ -15,6 +15,7 @@ from serving.engines import MODEL_FILE, TOKENIZER_FILE, Engines
 from serving.errors import DamagedRelease
 from serving.exchange import Json, StudentAnswer
 from serving.sight import Sees, seen_text, unsupported
+from serving.tested_on import tested_on
 from serving.text_thread import LIMIT, TextThread
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Encoder:
 
     def files(self) -> dict[str, bytes]:
         """The student as files of a release; `load` reads them back."""
-        return {**self._files, ANSWERS_FILE: self._space.dump(KIND)}
+        return {**self._files, ANSWERS_FILE: self._space.dump(KIND, **tested_on(self._model.providers))}
 
     @classmethod
     def load(cls, files: Mapping[str, bytes], engines: Engines) -> Encoder:

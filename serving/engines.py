@@ -12,6 +12,7 @@ from serving.adapter_shelf import AdapterShelf
 from serving.device_time import DeviceTime
 from serving.errors import ConfigError, DamagedRelease
 from serving.settings import OnnxSettings
+from serving.tested_on import check_tested_on
 
 if TYPE_CHECKING:
     from serving.pool import Pool  # the HTTP client: whoever makes one imports it
@@ -49,8 +50,9 @@ class Engines:
     def text_model(self, files: Mapping[str, bytes]) -> TextModel:
         """The model in the files of a release: the one that is in use already, or it is loaded.
 
-        Who asks while another loads it waits, and gets the same. Raises DamagedRelease, and ConfigError where what runs
-        it isn't installed, or can't run where it should.
+        Who asks while another loads it waits, and gets the same. Raises DamagedRelease, also for one of 8 bits that was
+        tested on other execution providers, and ConfigError where what runs it isn't installed, or can't run where it
+        should.
         """
         missing = [name for name in (MODEL_FILE, TOKENIZER_FILE) if name not in files]
         if missing:
@@ -61,7 +63,8 @@ class Engines:
             model = self._models.get(checksum)
             if model is None:
                 model = self._models[checksum] = self._load(*parts)
-            return model
+        check_tested_on(files, model.providers, exact=model.batches)
+        return model
 
     def device(self, base_url: str) -> DeviceTime:
         """The meter of a server: the same for all students that are asked there."""

@@ -49,9 +49,9 @@ class Tokens:
 class TextModel:
     """A model and its tokenizer, loaded. Safe to use from several threads.
 
-    `width` is k. `batches`: whether several texts may be read together; what an int8 model makes of a text depends on
-    those beside it, so that it reads one at a time, as it was calibrated. The `numbers` of so many texts as it should
-    `remember` are kept.
+    `width` is k, `providers` are what it runs on. `batches`: whether several texts may be read together; what an int8
+    model makes of a text depends on those beside it, so that it reads one at a time, as it was calibrated. The
+    `numbers` of so many texts as it should `remember` are kept.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class TextModel:
     ) -> None:
         # Only where it is asked to: what remembers holds itself, and goes when the garbage is collected.
         self._remembered = lru_cache(remember)(self._read_one) if remember else None
+        self.providers = tuple(providers)
         self._tokenizer = _read_tokenizer(tokenizer)
         self._session = _read_model(model, providers, threads)
         self._inputs, said = _described(self._session)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+import numpy as np
 import orjson
 import pytest
 from hypothesis import given, settings
@@ -15,11 +16,13 @@ from hypothesis import strategies as st
 from routers.meter import TokenMeter
 from serving.closed_answers import ANSWERS_FILE, AnswerSpace, KnownAnswer, TextTooLong, TokenEstimate
 from serving.closed_students import load_closed_student
+from serving.embedded import EmbeddedLinear
 from serving.encoder import Encoder, EncoderStudent
 from serving.engines import Engines
 from serving.errors import DamagedRelease
 from serving.exchange import StudentAnswer
 from serving.guarded_student import GuardedStudent
+from serving.regression import Regression
 from serving.releases import Release
 from serving.students import load_student
 from serving.text_thread import LIMIT, StudentBusy, TextThread, UnreadableText
@@ -43,12 +46,21 @@ SPACE = AnswerSpace(
 @pytest.fixture(scope="module", params=["fp32", "int8"])
 def files(request: pytest.FixtureRequest, text_files: Callable[..., Files]) -> Files:
     model = text_files(WORDS, precision=request.param, fails_on="boom")
-    return {**model, ANSWERS_FILE: SPACE.dump("encoder")}
+    return {**model, ANSWERS_FILE: SPACE.dump("encoder", providers=["CPUExecutionProvider"])}
 
 
 @pytest.fixture(scope="module")
 def encoder(files: Files) -> Encoder:
     return Encoder.load(files, Engines())
+
+
+def student_of(model: Files, kind: str) -> Files:
+    """The files of a student that answers by a model's own logits, or by a regression on them."""
+    engines = Engines()
+    if kind == "encoder":
+        return Encoder.of(SPACE, model, engines).files()
+    regression = Regression(np.eye(3, dtype=np.float32), np.zeros(3, dtype=np.float32))
+    return EmbeddedLinear(SPACE, regression, engines.text_model(model), model).files()
 
 
 def asked(text: str) -> dict[str, Any]:
@@ -235,6 +247,42 @@ class TestReleases:
         again = load_closed_student(encoder.files(), Engines())
         assert again.predict("lost card") == encoder.predict("lost card")
         assert again.sees == "message"
+
+    @pytest.mark.parametrize("kind", ["encoder", "embedding"])
+    def test_one_of_8_bits_runs_only_on_what_it_was_tested_on(
+        self, text_files: Callable[..., Files], kind: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for precision in ("fp32", "int8"):
+            files = student_of(text_files(WORDS, precision=precision), kind)
+            described = orjson.loads(files[ANSWERS_FILE])
+            assert described["providers"] == ["CPUExecutionProvider"]
+            described["providers"] = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+            elsewhere = {**files, ANSWERS_FILE: orjson.dumps(described)}
+            del described["providers"]
+            before = {**files, ANSWERS_FILE: orjson.dumps(described)}
+            for tested_here in (files, before):
+                load_closed_student(tested_here, Engines())
+            assert not caplog.records
+            said = (
+                "tested on CUDAExecutionProvider, CPUExecutionProvider, and student.onnx.providers is "
+                "CPUExecutionProvider"
+            )
+            if precision == "fp32":
+                load_closed_student(elsewhere, Engines())
+                assert said in caplog.text
+                caplog.clear()
+            else:
+                with pytest.raises(DamagedRelease, match=said):
+                    load_closed_student(elsewhere, Engines())
+                card = {"student": "encoder" if kind == "encoder" else "linear"}
+                with pytest.raises(DamagedRelease, match=said):
+                    load_student(Release("intents", "r0001", card, elsewhere), TokenMeter, Engines())
+
+    @pytest.mark.parametrize("providers", [7, [], [7], "CPUExecutionProvider", None])
+    def test_providers_that_are_none_are_told(self, files: Files, providers: object) -> None:
+        described = {**orjson.loads(files[ANSWERS_FILE]), "providers": providers}
+        with pytest.raises(DamagedRelease, match="names no providers"):
+            load_closed_student({**files, ANSWERS_FILE: orjson.dumps(described)}, Engines())
 
     def test_a_release_is_served_by_its_kind(self, files: Files) -> None:
         assert isinstance(load_student(self.release(files), TokenMeter, Engines()), EncoderStudent)
