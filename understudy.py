@@ -286,6 +286,10 @@ def learn(
     ] = None,
     json: _AsJson = False,
     quiet: Annotated[bool, typer.Option(help="No progress line.")] = False,
+    unattended: Annotated[
+        bool,
+        typer.Option(help="As the gateway does it: a fine-tuning that failed isn't tried again for an hour."),
+    ] = False,
 ) -> None:
     """Train the next student from the log, look at its promise, and release it if it keeps it."""
     from distillation.console import print_json, print_lessons, progress_line
@@ -293,7 +297,7 @@ def learn(
     from serving.configuration import load_settings
 
     with progress_line(quiet or json) as progress:
-        lessons = learn_tasks(load_settings(config), task, progress=progress)
+        lessons = learn_tasks(load_settings(config), task, progress=progress, unattended=unattended)
     if json:
         print_json({"tasks": [lesson.to_json() for lesson in lessons]})
     else:

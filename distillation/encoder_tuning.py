@@ -6,6 +6,8 @@ as a file for ONNX Runtime. What is judged then is that file, read by the code t
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distillation.kind import Progress, StudentSilent
-from distillation.training_process import TrainingFailed, run_script, training_folder
+from distillation.setback import Setback
+from distillation.training_process import NothingTrains, TrainingFailed, run_script, training_folder
 from serving.closed_answers import ANSWERS_FILE, AnswerSpace, ClosedStudent
 from serving.closed_students import load_closed_student
 from serving.encoder_folder import UnfitEncoder, check_base
@@ -40,17 +43,46 @@ _EXPORT = _HERE / "onnx_export.py"
 
 
 class FineTuning:
-    """`distillation.encoder_kind.Tuning` by torch, for one task."""
+    """`distillation.encoder_kind.Tuning` by torch, for one task.
 
-    def __init__(self, settings: Settings, policy: TaskSettings, engines: Engines) -> None:
+    `unattended`: nobody is waiting for it, so that what failed isn't tried again soon (distillation/setback.py).
+    """
+
+    def __init__(
+        self, settings: Settings, policy: TaskSettings, engines: Engines, *, unattended: bool = False
+    ) -> None:
         self._settings = settings
         self._policy = policy
         self._engines = engines
+        self._setback = Setback(settings, policy)
+        self._unattended = unattended
 
     def __call__(
         self, texts: Sequence[str], answers: NDArray[np.int64], space: AnswerSpace, *, progress: Progress
     ) -> ClosedStudent:
         """Fine-tune, and read what came of it. Raises StudentSilent where nothing did."""
+        waits_s = self._setback.waits_s(len(texts), now=time.time()) if self._unattended else 0.0
+        if waits_s > 0.0:
+            raise StudentSilent(
+                f"fine-tuning failed on as good as these {len(texts):,} texts; it is tried again in "
+                f"{math.ceil(waits_s / 60)} minutes, or now by `understudy learn --task {self._policy.name}`"
+            )
+        try:
+            student = self._made(texts, answers, space, progress)
+        except (NothingTrains, UnfitEncoder) as error:  # that was seen before it began
+            raise StudentSilent(str(error)) from error
+        except (ConfigError, DamagedRelease, TrainingFailed) as error:
+            self._setback.failed(len(texts))
+            raise StudentSilent(str(error)) from error
+        except OSError as error:
+            self._setback.failed(len(texts))
+            raise StudentSilent(f"it can't be fine-tuned: {error.strerror} ({error.filename})") from error
+        self._setback.over()
+        return student
+
+    def _made(
+        self, texts: Sequence[str], answers: NDArray[np.int64], space: AnswerSpace, progress: Progress
+    ) -> ClosedStudent:
         seen = np.bincount(answers, minlength=len(space.answers))
         space = replace(
             space,
@@ -58,19 +90,14 @@ class FineTuning:
                 replace(known, seen=int(count)) for known, count in zip(space.answers, seen, strict=True)
             ],
         )
-        try:
-            base = self._base()
-            with training_folder(self._settings.state_dir, self._policy.name) as folder:
-                self._train(base, texts, answers, space, folder, progress)
-                progress("writing it for ONNX Runtime")
-                files = self._exported(folder)
-            runs_on = tested_on(self._settings.student.onnx.providers)
-            files[ANSWERS_FILE] = space.dump("encoder", **runs_on)
-            return load_closed_student(files, self._engines)
-        except (ConfigError, DamagedRelease, TrainingFailed, UnfitEncoder) as error:
-            raise StudentSilent(str(error)) from error
-        except OSError as error:
-            raise StudentSilent(f"it can't be fine-tuned: {error.strerror} ({error.filename})") from error
+        base = self._base()
+        with training_folder(self._settings.state_dir, self._policy.name) as folder:
+            self._train(base, texts, answers, space, folder, progress)
+            progress("writing it for ONNX Runtime")
+            files = self._exported(folder)
+        runs_on = tested_on(self._settings.student.onnx.providers)
+        files[ANSWERS_FILE] = space.dump("encoder", **runs_on)
+        return load_closed_student(files, self._engines)
 
     def _base(self) -> Path:
         base = self._policy.student.base

@@ -76,9 +76,13 @@ class Lesson:
 
 
 def learn(
-    settings: Settings, task: str | None = None, *, progress: Progress = lambda _: None
+    settings: Settings,
+    task: str | None = None,
+    *,
+    progress: Progress = lambda _: None,
+    unattended: bool = False,
 ) -> list[Lesson]:
-    """Learn one task, or every task that has a log.
+    """Learn one task, or every task that has a log. `unattended`: what took long and failed isn't tried again soon.
 
     Raises UnknownTask for a task without a log, LearningElsewhere for one that is being learned, and OSError as the
     disk does.
@@ -86,30 +90,34 @@ def learn(
     reader = LogReader(settings.state_dir)
     logged = [name for name in reader.tasks() if name not in RESERVED_TASKS]
     if task is None:
-        return [_learn_if_free(settings, reader, name, progress) for name in logged]
+        return [_learn_if_free(settings, reader, name, progress, unattended) for name in logged]
     if task not in logged:
         known = ", ".join(logged) or "none yet"
         raise UnknownTask(
             f"there is no log of task {task!r} under {settings.state_dir}; tasks with one: {known}"
         )
-    return [_learn_task(settings, reader, task, progress)]
+    return [_learn_task(settings, reader, task, progress, unattended)]
 
 
-def _learn_if_free(settings: Settings, reader: LogReader, task: str, progress: Progress) -> Lesson:
+def _learn_if_free(
+    settings: Settings, reader: LogReader, task: str, progress: Progress, unattended: bool
+) -> Lesson:
     """One of all tasks: that it is being learned elsewhere doesn't keep the others waiting."""
     try:
-        return _learn_task(settings, reader, task, progress)
+        return _learn_task(settings, reader, task, progress, unattended)
     except LearningElsewhere as error:
         return Lesson(task, "not_due", str(error), 0)
 
 
-def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Progress) -> Lesson:
+def _learn_task(
+    settings: Settings, reader: LogReader, task: str, progress: Progress, unattended: bool
+) -> Lesson:
     journal = LookJournal(settings.state_dir, task)
     with journal.alone(), ExitStack() as stack:
         policy = settings.for_task(task)
         engines = Engines(onnx=settings.student.onnx, remember=_REMEMBERED)
         try:
-            kind = _kind(settings, policy, engines)
+            kind = _kind(settings, policy, engines, unattended)
         except ConfigError as error:  # of one task: the others are learned all the same
             return Lesson(task, "held", f"no look was taken: {error}", 0)
         stack.callback(kind.close)
@@ -196,14 +204,14 @@ def _learn_task(settings: Settings, reader: LogReader, task: str, progress: Prog
         )
 
 
-def _kind(settings: Settings, policy: TaskSettings, engines: Engines) -> Kind:
+def _kind(settings: Settings, policy: TaskSettings, engines: Engines, unattended: bool) -> Kind:
     """What learns the kind of student that the task is to have. `engines` is what it shares with its releases."""
     store = ReleaseStore(settings.state_dir)
     if policy.student.base is not None:
         from distillation.encoder_kind import EncoderKind
         from distillation.encoder_tuning import FineTuning
 
-        tuning = FineTuning(settings, policy, engines)
+        tuning = FineTuning(settings, policy, engines, unattended=unattended)
         return EncoderKind(store, policy, tuning, ErasureStamp(settings.state_dir, policy.name), engines)
     if not policy.student.served:
         embedder = policy.student.embedder

@@ -40,6 +40,10 @@ class TrainingFailed(UnderstudyError):
     """A script didn't come to its end. Says why, and what to do."""
 
 
+class NothingTrains(TrainingFailed):
+    """The Python can't run it, or lacks a module: that shows at once, and costs nothing."""
+
+
 def clear_training(state_dir: Path, task: str) -> None:
     """Remove what training that was killed has left, copies of texts among it; only who holds the task's lock may."""
     shutil.rmtree(training_directory(state_dir, task), ignore_errors=True)
@@ -81,7 +85,7 @@ def run_script(
                 env=_environment(settings),
             )
     except OSError as error:
-        raise TrainingFailed(
+        raise NothingTrains(
             f"{python} can't be run ({error.strerror}): set learning.python to a Python that has "
             "what `pip install 'understudy[train]'` installs"
         ) from error
@@ -97,7 +101,7 @@ def run_script(
         done: Json = ended["done"]
         return done
     if "missing" in ended:
-        raise TrainingFailed(
+        raise NothingTrains(
             f"{python} has no module {ended['missing']}: run `pip install 'understudy[train]'` there (in a checkout: "
             "'.[train]'), or set learning.python to a Python that has it"
         )

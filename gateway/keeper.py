@@ -200,8 +200,8 @@ class Keeper:
         return {task: self._reader.newest(task) for task in self._reader.tasks()}
 
     async def _learn(self) -> None:
-        """Run `understudy learn` as a child of low priority, to its end; its output goes into our log."""
-        command = [sys.executable, "-m", "understudy", "learn", "--quiet"]
+        """Run `understudy learn --unattended` as a child of low priority, to its end; its output goes into our log."""
+        command = [sys.executable, "-m", "understudy", "learn", "--quiet", "--unattended"]
         if self._config_path is not None:
             command += ["--config", str(self._config_path)]
         child = await asyncio.create_subprocess_exec(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from distillation.journal import LookJournal
@@ -27,7 +28,7 @@ def state(write_log: Make, exchanges: Make) -> Path:
     return written
 
 
-def lesson(state: Path, base: Path, python: Path | None = None) -> Lesson:
+def lesson(state: Path, base: Path, python: Path | None = None, *, unattended: bool = False) -> Lesson:
     settings = Settings.model_validate(
         {
             "state_dir": state,
@@ -42,7 +43,7 @@ def lesson(state: Path, base: Path, python: Path | None = None) -> Lesson:
             ],
         }
     )
-    (found,) = learn(settings, "intents")
+    (found,) = learn(settings, "intents", unattended=unattended)
     return found
 
 
@@ -95,6 +96,48 @@ def test_one_that_is_killed_in_the_middle(state: Path, encoder_base: Path, tmp_p
     )
     (again,) = learn(linear, "intents")
     assert (again.outcome, again.labels) == ("released", 300), "the labels are all there"
+
+
+def test_what_failed_late_waits_unless_somebody_asks_or_something_changes(
+    state: Path, encoder_base: Path, tmp_path: Path, write_log: Make, exchanges: Make
+) -> None:
+    starts = tmp_path / "starts"
+    fails = python(tmp_path, f"echo x >> {starts}; kill -9 $$")
+
+    def tried(*, unattended: bool = False) -> str:
+        """What is said, if it wasn't tried."""
+        before = starts.read_text() if starts.exists() else ""
+        found = lesson(state, encoder_base, fails, unattended=unattended)
+        assert found.outcome == "held"
+        return "" if starts.read_text() != before else found.message
+
+    assert tried(unattended=True) == "", "the first time"
+    waits = tried(unattended=True)
+    assert waits.startswith("no look was taken: fine-tuning failed on as good as these ")
+    assert waits.endswith(" in 60 minutes, or now by `understudy learn --task intents`")
+    assert tried() == "", "a person asks"
+    assert tried(unattended=True)
+    setback = state / "tasks" / "intents" / "setback.json"
+    said = orjson.loads(setback.read_bytes())
+    for changed in (
+        {"at": said["at"] - 3600},
+        {"at": said["at"] + 3600},
+        {"asked": "before"},
+        {"labels": "many"},
+    ):
+        setback.write_bytes(orjson.dumps({**said, **changed}))
+        assert tried(unattended=True) == "", changed
+        assert tried(unattended=True), "and waits again"
+    write_log(exchanges([(f"is my card {i} there", "card") for i in range(40)], start=2_000_000.0))
+    assert tried(unattended=True), "hardly more labels"
+    write_log(exchanges([(f"is my card {i} here", "card") for i in range(150)], start=3_000_000.0))
+    assert tried(unattended=True) == "", "labels have grown"
+
+
+def test_what_shows_at_once_is_tried_again_at_once(state: Path, encoder_base: Path, tmp_path: Path) -> None:
+    bare = python(tmp_path, f'exec {sys.executable} -S "$@"')
+    for _ in range(2):
+        assert "has no module tokenizers" in lesson(state, encoder_base, bare, unattended=True).message
 
 
 def test_a_damaged_base(state: Path, encoder_base: Path, torch_python: Path) -> None:
