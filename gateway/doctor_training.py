@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gateway.finding import Finding, Verdict
 from gateway.other_python import PythonSilent, missing_modules
+from serving.child_environment import child_environment
 from serving.encoder_folder import EmbedderFolder, UnfitEncoder, check_base
 from serving.engines import MODEL_FILE
 from serving.errors import DamagedRelease, UnknownRelease
@@ -37,10 +38,10 @@ def check_training(settings: Settings) -> list[Finding]:
         to_export |= not is_export
     found.append(_serves())
     if bases:
-        found.append(_trains(settings.learning.python, "fine-tune encoders", "problem"))
+        found.append(_trains(settings, "fine-tune encoders", "problem"))
     elif to_export:
         # What was exported before is kept, and needs nothing more.
-        found.append(_trains(settings.learning.python, "export sentence encoders", "warning"))
+        found.append(_trains(settings, "export sentence encoders", "warning"))
     return found
 
 
@@ -85,10 +86,11 @@ def _serves() -> Finding:
     return Finding("student", "ok", "what serves encoders is installed")
 
 
-def _trains(python: Path | None, what: str, verdict: Verdict) -> Finding:
+def _trains(settings: Settings, what: str, verdict: Verdict) -> Finding:
+    python = settings.learning.python
     runs = sys.executable if python is None else str(python)
     try:
-        missing = missing_modules(runs, _TRAINS)
+        missing = missing_modules(runs, _TRAINS, child_environment(settings, own_python=False))
     except PythonSilent as error:
         said = f"{runs}, which is to {what}, can't be asked: {error}"
         return Finding("training", verdict, said, "set learning.python to a Python that runs")

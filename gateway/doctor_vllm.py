@@ -6,6 +6,7 @@ import sys
 
 from gateway.finding import Finding
 from gateway.other_python import PythonSilent, missing_modules
+from serving.child_environment import child_environment
 from serving.settings import Settings
 from serving.vllm_command import INSTALL_VLLM, not_there
 
@@ -22,7 +23,9 @@ def check_vllm_start(settings: Settings) -> list[Finding]:
         return [Finding("vllm", "problem", said, _ADVICE)]
     python = vllm.python or sys.executable
     try:
-        missing = missing_modules(python, ["vllm"])
+        missing = missing_modules(
+            python, ["vllm"], child_environment(settings, own_python=vllm.python is None)
+        )
     except PythonSilent as error:
         said = f"student.vllm.python: {python} can't be asked for vLLM: {error}"
         return [Finding("vllm", "problem", said, _ADVICE)]

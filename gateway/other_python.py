@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from serving.errors import UnderstudyError
 
@@ -20,15 +19,15 @@ class PythonSilent(UnderstudyError):
     """It can't be run, or doesn't answer; says why."""
 
 
-def missing_modules(python: str, names: Sequence[str]) -> list[str]:
-    """Those of the modules that this Python doesn't have. Raises PythonSilent."""
+def missing_modules(python: str, names: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Those of the modules that this Python lacks in the environment that it is to run in. Raises PythonSilent."""
     try:
         asked = subprocess.run(  # noqa: S603 - a line of our own, under the Python that the operator names
             [python, "-c", _LISTING, *names],
             capture_output=True,
             timeout=_TIMEOUT_S,
             check=True,
-            env={**os.environ, "PYTHONSAFEPATH": "1"},  # as `-P`, which Python 3.10 doesn't know
+            env={**environment, "PYTHONSAFEPATH": "1"},  # as `-P`, which Python 3.10 doesn't know
         )
         return [str(name) for name in json.loads(asked.stdout)]
     except OSError as error:

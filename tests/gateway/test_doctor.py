@@ -29,8 +29,10 @@ from serving.settings import (
     ServerSettings,
     Settings,
     StudentChoice,
+    StudentSettings,
     TaskSettings,
     TeacherSettings,
+    VllmSettings,
 )
 from serving.stand_in import create_stand_in
 from serving.stand_in_call import StandInHttp
@@ -256,6 +258,26 @@ def test_a_served_classifier(classifier: Start) -> None:
     assert (well.verdict, well.said.startswith("'bert' answered in ")) == ("ok", True)
     assert nameless.verdict == "problem"
     assert "must carry id2label" in nameless.said
+
+
+def test_another_python_is_asked_without_our_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, seen = tmp_path / "python", tmp_path / "seen"
+    asked.write_text(f'#!/bin/sh\nenv >> {seen}\nexec {sys.executable} "$@"\n')
+    asked.chmod(0o755)
+    monkeypatch.setenv("TEACHERS_KEY", "sk-of-ours")
+    monkeypatch.setenv("UNDERSTUDY_SERVER__ADMIN_KEY", "sk-of-ours")
+    settings = Settings(
+        teacher=TeacherSettings(api_key_env="TEACHERS_KEY"),
+        learning=LearningSettings(python=asked),
+        student=StudentSettings(vllm=VllmSettings(model="named", python=str(asked))),
+        task=[TaskSettings(name="a", student=StudentChoice(kind="encoder", base=tmp_path))],
+    )
+    check_training(settings)
+    assert "sk-of-ours" not in seen.read_text()
+    seen.unlink()
+    check_vllm_start(settings)
+    assert "PYTHONSAFEPATH=1" in seen.read_text()
+    assert "sk-of-ours" not in seen.read_text()
 
 
 def test_the_folder_of_a_sentence_encoder(tmp_path: Path) -> None:
