@@ -80,8 +80,10 @@ def test_it_says_how_far_it_is_and_what_it_came_to(tmp_path: Path) -> None:
     assert heard == [{"step": 0}, {"step": 1}]
 
 
-def test_nothing_of_ours_leads_in_and_nothing_is_fetched(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+def test_nothing_of_ours_leads_in_and_nothing_is_fetched(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = run(
         "import json, os, sys\n"
         "seen = {name: os.environ.get(name) for name in "
@@ -92,7 +94,7 @@ def test_nothing_of_ours_leads_in_and_nothing_is_fetched(run: Run, monkeypatch: 
     assert done["PYTHONPATH"] is None
     assert (done["HF_HUB_OFFLINE"], done["OMP_NUM_THREADS"]) == ("1", "3")
     assert done["nice"] >= 10
-    assert str(Path(__file__).parents[2]) not in done["path"]
+    assert str(tmp_path) not in done["path"]
 
 
 def test_no_key_and_no_setting_of_ours_leads_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
