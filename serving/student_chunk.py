@@ -49,6 +49,10 @@ def _delta(delta: Json) -> Json:
         _must_be(delta, name, _TEXT)
     _must_be(delta, "tool_calls", (list, type(None)))
     plain = _plain(delta)
+    if not plain.get("role"):
+        plain.pop("role", None)  # some servers name it in the first chunk and leave it empty in the others
+    elif plain["role"] != "assistant":
+        raise ValueError(f"the role {plain['role'][:20]!r}, where an assistant answers")
     if delta.get("tool_calls"):
         plain["tool_calls"] = [_call(call) for call in delta["tool_calls"]]
     return plain

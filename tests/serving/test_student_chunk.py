@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionChunk
 
@@ -37,7 +37,7 @@ DELTA = (
     st.fixed_dictionaries(
         {},
         optional={
-            "role": st.sampled_from([None, "", "assistant"]),
+            "role": st.sampled_from([None, "", "assistant", "user", "model"]),
             "content": TEXT,
             "refusal": TEXT,
             "tool_calls": st.lists(CALL, max_size=2) | ODD,
@@ -66,6 +66,7 @@ def deep(levels: int) -> object:
     return made
 
 
+@example([{"delta": {"role": ""}}])
 @given(st.lists(CHOICE, max_size=2) | ODD)
 def test_it_is_an_answer_or_refused(choices: object) -> None:
     try:
