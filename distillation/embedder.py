@@ -7,12 +7,10 @@ A folder that holds such files is read as it is; of any other the training Pytho
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +20,7 @@ from serving.disk import Disk
 from serving.encoder_folder import WEIGHTS, EmbedderFolder, UnfitEncoder
 from serving.engines import MODEL_FILE, TOKENIZER_FILE, Engines
 from serving.errors import DamagedRelease
+from serving.file_lock import locked
 from serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def _read(model: Path, tokenizer: Path) -> Mapping[str, bytes]:
 def _make(folder: Path, made: Path, settings: Settings, progress: Callable[[str], None], disk: Disk) -> None:
     """Export it beside, and give it its name once it is whole. Whoever wants the same meanwhile waits, and gets it."""
     disk.make_directory(made.parent)
-    with _locked(made.parent / ".lock"):
+    with locked(made.parent / ".lock"):
         if made.is_dir():
             return
         work = made.with_name(_UNFINISHED)
@@ -128,16 +127,6 @@ def _sync(path: Path, disk: Disk) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         disk.sync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
     finally:
         os.close(fd)
 

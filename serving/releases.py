@@ -8,9 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
-import os
 import re
 import shutil
 import time
@@ -24,6 +22,7 @@ import orjson
 from serving.disk import Disk
 from serving.errors import DamagedRelease, UnknownRelease, WithdrawnMeanwhile
 from serving.exchange import Json
+from serving.file_lock import locked
 from serving.layout import task_directory, task_names
 from serving.live import RELEASE_NAME, Cause, Live, Withdrawal, parse_live
 from serving.shared_files import write_shared
@@ -84,7 +83,7 @@ class ReleaseStore:
                 )
         releases = self._releases(task)
         self._disk.make_directory(releases)
-        with _locked(releases / ".lock"):
+        with locked(releases / ".lock"):
             self._clear_up(releases)
             release = self._next_name(task)
             card = {
@@ -106,7 +105,7 @@ class ReleaseStore:
         two. Raises UnknownRelease or DamagedRelease.
         """
         releases = self._releases(task)
-        with _locked(releases / ".lock"):
+        with locked(releases / ".lock"):
             now = self.read(task, release)
             self._clear_up(releases)
             content = {**now.files, **files}
@@ -253,7 +252,7 @@ class ReleaseStore:
     def _changing(self, task: str) -> Iterator[Live]:
         """What is live now, while nobody else can change it."""
         self._disk.make_directory(task_directory(self._state_dir, task))
-        with _locked(task_directory(self._state_dir, task) / ".live.lock"):
+        with locked(task_directory(self._state_dir, task) / ".live.lock"):
             try:
                 now = self.live(task)
             except DamagedRelease:
@@ -341,14 +340,3 @@ class ReleaseStore:
 def _checksum(card: Json) -> str:
     content = {name: value for name, value in card.items() if name != "checksum"}
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock among all threads and processes; waits for it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)

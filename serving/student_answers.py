@@ -9,7 +9,6 @@ retention and forgetting reach into them. A torn or damaged line is an answer th
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 from collections.abc import Callable, Container, Iterator
@@ -20,6 +19,7 @@ from serving.disk import Disk
 from serving.errors import UnderstudyError
 from serving.events import decode, encode, plain_student, read_student
 from serving.exchange import SCHEMA, Json, StudentAnswer
+from serving.file_lock import locked
 from serving.layout import task_directory
 
 _DIRECTORY = "student"
@@ -42,7 +42,7 @@ class ErasureStamp:
         self._task = task
         self._directory = _directory_of(state_dir, task)
         (disk or Disk()).make_directory(self._directory)
-        with _locked(self._directory):
+        with locked(self._directory / _LOCK):
             self._stamp = _stamp(self._directory)
 
     def check(self) -> None:
@@ -53,7 +53,7 @@ class ErasureStamp:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep out what erases, to write down what was learned: it finds that then. Raises ErasedMeanwhile."""
-        with _locked(self._directory):
+        with locked(self._directory / _LOCK):
             if _stamp(self._directory) != self._stamp:
                 raise ErasedMeanwhile(
                     f"something was erased from the log of task {self._task} while it was learned; learn again"
@@ -77,7 +77,7 @@ class StudentAnswers:
         self._path = self._directory / f"{student}.jsonl"
         self._task = task
         self._disk.make_directory(self._directory)
-        with _locked(self._directory):
+        with locked(self._directory / _LOCK):
             self._stamp = _stamp(self._directory)
             self._end_the_last_line()
 
@@ -94,7 +94,7 @@ class StudentAnswers:
 
     def keep_only(self, ids: Container[str]) -> None:
         """Remove the answers to other exchanges: they are no longer in the log. Raises OSError."""
-        with _locked(self._directory):
+        with locked(self._directory / _LOCK):
             _rewrite(self._path, lambda event: event.get("id") in ids, self._disk)
 
     def append(self, id: str, created: float, answer: StudentAnswer) -> None:
@@ -109,7 +109,7 @@ class StudentAnswers:
             "created": created,
             "student": plain_student(answer),
         }
-        with _locked(self._directory):
+        with locked(self._directory / _LOCK):
             if _stamp(self._directory) != self._stamp:
                 raise ErasedMeanwhile(
                     f"something was erased from the log of task {self._task} while its student was asked about it; "
@@ -140,7 +140,7 @@ def erase_answers(state_dir: Path, task: str, ids: set[str], disk: Disk, *, chan
     directory = _directory_of(state_dir, task)
     if not directory.is_dir():
         return 0
-    with _locked(directory):
+    with locked(directory / _LOCK):
         found = 0
         for path in directory.glob("*.jsonl"):
             found += sum(
@@ -166,7 +166,7 @@ def remove_old_answers(state_dir: Path, task: str, before: float, disk: Disk) ->
         created = event.get("created")
         return isinstance(created, int | float) and created >= before
 
-    with _locked(directory):
+    with locked(directory / _LOCK):
         for path in directory.glob("*.jsonl"):
             _rewrite(path, is_young, disk)
 
@@ -202,13 +202,3 @@ def _stamp(directory: Path) -> Stamp | None:
 def _lines(path: Path) -> Iterator[bytes]:
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         yield from file
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
