@@ -23,7 +23,7 @@ from distillation.past import Past, PastRelease, propensity_of
 from routers.candidate import bet, fix_levels
 from routers.looks import spent
 from routers.router import Router
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 
 
 def freeze(

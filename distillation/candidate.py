@@ -25,8 +25,9 @@ from serving.errors import DamagedRelease
 from serving.exchange import Json
 from serving.layout import task_directory
 from serving.releases import CANDIDATE_FILE
-from serving.settings import StudentChoice, TaskPolicy
 from serving.shared_files import write_shared
+from serving.student_choice import StudentChoice
+from serving.task_settings import TaskPolicy
 
 SCHEMA = 1
 _BESIDE = (MODEL_FILE, TOKENIZER_FILE)

@@ -19,8 +19,8 @@ from serving.agreement import Comparison, comparison
 from serving.chat import last_user_text
 from serving.closed_answers import KnownAnswer, TokenEstimate
 from serving.exchange import Exchange, Json
-from serving.settings import TaskPolicy
 from serving.sight import Sees
+from serving.task_settings import TaskPolicy
 
 Unsupported = Callable[[Json], str | None]
 """The feature of a request that a student wasn't made for, or None."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from distillation.dataset import Dataset, known_answers
 from routers.looks import SEEN_ENOUGH, PastLook, half_is_known, labels_needed, unseen_chance
 from routers.noise import Noise
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 
 
 @dataclass(frozen=True, slots=True)

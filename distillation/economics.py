@@ -22,7 +22,8 @@ from serving.exchange import Exchange, Json
 from serving.live import Withdrawal
 from serving.log import LogReader
 from serving.releases import ReleaseStore
-from serving.settings import RESERVED_TASKS, Settings, TaskSettings
+from serving.settings import Settings
+from serving.task_settings import RESERVED_TASKS, TaskSettings
 
 _SEE_MORE = 'student.sees = "last" or "conversation" would see them'
 

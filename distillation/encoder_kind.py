@@ -29,8 +29,8 @@ from serving.closed_answers import AnswerSpace, ClosedStudent, Prediction, TextT
 from serving.engines import Engines
 from serving.exchange import Exchange, Json, StudentAnswer
 from serving.releases import ReleaseStore
-from serving.settings import TaskSettings
 from serving.student_answers import ErasureStamp
+from serving.task_settings import TaskSettings
 
 if TYPE_CHECKING:
     from distillation.gate import Look  # scikit-learn: imported only once a look is due

@@ -24,7 +24,8 @@ from serving.encoder_folder import UnfitEncoder, check_base
 from serving.engines import MODEL_FILE, TOKENIZER_FILE, Engines
 from serving.errors import ConfigError, DamagedRelease
 from serving.exchange import Json
-from serving.settings import Settings, TaskSettings
+from serving.settings import Settings
+from serving.task_settings import TaskSettings
 from serving.tested_on import tested_on
 
 EPOCHS = 4

@@ -27,8 +27,9 @@ from serving.exchange import Json
 from serving.log import LogReader
 from serving.recording import Recording
 from serving.releases import Release, ReleaseStore
-from serving.settings import RESERVED_TASKS, Settings, TaskSettings
+from serving.settings import Settings
 from serving.sight import seen_text
+from serving.task_settings import RESERVED_TASKS, TaskSettings
 
 Progress = Callable[[str], None]
 

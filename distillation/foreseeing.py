@@ -28,7 +28,7 @@ from routers.foresight_fit import (
     shares_below,
 )
 from serving.exchange import Json
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 
 LEAST_STUDENT_S = 1e-3
 """A student that answers within a millisecond isn't worth foreseeing: nobody would notice what is spared."""

@@ -35,7 +35,7 @@ from routers.promise import Promise
 from routers.router import Router
 from serving.closed_answers import ClosedStudent
 from serving.exchange import Json
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 
 R_co = TypeVar("R_co", bound=Past, covariant=True)
 

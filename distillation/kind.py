@@ -18,7 +18,7 @@ from serving.errors import ConfigError, UnderstudyError
 from serving.exchange import Exchange, Json, StudentAnswer
 from serving.linear import MODEL as LINEAR
 from serving.releases import ReleaseStore
-from serving.settings import TaskSettings
+from serving.task_settings import TaskSettings
 
 if TYPE_CHECKING:
     from distillation.embedder import SentenceEncoder

@@ -32,8 +32,9 @@ from serving.errors import ConfigError, DamagedRelease, UnknownTask, WithdrawnMe
 from serving.exchange import Json
 from serving.log import LogReader
 from serving.releases import ReleaseStore
-from serving.settings import RESERVED_TASKS, Settings, TaskSettings
+from serving.settings import Settings
 from serving.student_answers import ErasedMeanwhile, ErasureStamp
+from serving.task_settings import RESERVED_TASKS, TaskSettings
 
 if TYPE_CHECKING:
     from distillation.embedder import SentenceEncoder

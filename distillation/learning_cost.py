@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from serving.exchange import Json, StudentAnswer
-from serving.settings import StudentChoice, StudentSettings
+from serving.student_choice import StudentChoice
 from serving.student_price import StudentPrices
+from serving.student_settings import StudentSettings
 
 
 @dataclass(frozen=True, slots=True)

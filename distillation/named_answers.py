@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from routers.admission import AnswerTerms
 from serving.agreement import comparison
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 
 _ENOUGH = 50
 """Labels from which on it is worth a word that none of them has an answer that was named."""

@@ -14,7 +14,7 @@ from routers.evalues import betting_tail
 from routers.looks import spent, unseen_chance
 from routers.promise import binomial_tail
 from serving.exchange import Json
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 
 _MOST_SLICES = 100
 

@@ -53,9 +53,10 @@ from serving.pool import Pool
 from serving.redaction import Redactor
 from serving.releases import Release, ReleaseStore
 from serving.served import ServedPlan, is_served, plan_of, read_plan, served_student
-from serving.settings import Settings, TaskSettings
+from serving.settings import Settings
 from serving.student import Student
 from serving.student_answers import StudentAnswers
+from serving.task_settings import TaskSettings
 
 if TYPE_CHECKING:
     from distillation.gate import HeldOut, Look  # scikit-learn: imported only once a look is due

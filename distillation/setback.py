@@ -14,7 +14,8 @@ from contextlib import suppress
 import orjson
 
 from serving.layout import task_directory
-from serving.settings import Settings, TaskSettings
+from serving.settings import Settings
+from serving.task_settings import TaskSettings
 
 AGAIN_AFTER_S = 3600.0
 GROWN = 1.25

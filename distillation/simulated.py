@@ -24,7 +24,7 @@ from serving.agreement import comparison
 from serving.closed_answers import TokenEstimate
 from serving.exchange import Exchange
 from serving.linear import LinearStudent
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 
 
 @dataclass(frozen=True, slots=True)

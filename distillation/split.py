@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from serving.exchange import Exchange, Json
 from serving.releases import ReleaseStore
-from serving.settings import TaskSettings
+from serving.task_settings import TaskSettings
 
 _SALT = b"understudy split"
 """Blake2's own parameter for that: whatever else is hashed of ids, or drawn by them, says nothing of this."""

@@ -8,8 +8,9 @@ import numpy as np
 
 from routers.foresight_fit import Stakes
 from serving.exchange import Exchange, StudentAnswer
-from serving.settings import StudentChoice, StudentSettings
+from serving.student_choice import StudentChoice
 from serving.student_price import StudentPrices
+from serving.student_settings import StudentSettings
 
 
 def stakes_of(

@@ -14,8 +14,8 @@ from gateway.cache_entry import CachedAnswer, decode, encode
 from gateway.cache_memory import MemoryLevel
 from gateway.leases import Lease, Names
 from gateway.metrics import CachePut, Metrics
+from serving.cache_settings import CacheSettings
 from serving.redis_url import RedisUrl
-from serving.settings import CacheSettings
 
 _JITTER = 0.1
 _FIRST_LOOK_S = 0.005

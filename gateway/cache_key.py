@@ -12,7 +12,7 @@ from typing import Literal
 
 from serving.canonical import canonical_bytes
 from serving.exchange import Json
-from serving.settings import TeacherSettings
+from serving.teacher_settings import TeacherSettings
 
 IGNORED_FIELDS = frozenset(
     {

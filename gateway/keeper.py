@@ -28,7 +28,7 @@ from serving.audit_index import AuditIndex
 from serving.exchange import Exchange
 from serving.log import LogReader, seal_abandoned
 from serving.retention import remove_expired
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 
 log = logging.getLogger("understudy.keeper")
 

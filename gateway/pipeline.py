@@ -31,9 +31,9 @@ from gateway.student_turn import STUDENT
 from gateway.tasks import Tasks
 from gateway.turn import Arrival, Turn
 from routers.coin import audit_rate
+from serving.cache_settings import CacheSettings
 from serving.chat import ChatRequest
 from serving.errors import RequestError, UnderstudyError
-from serving.settings import CacheSettings
 from serving.slots import UpstreamBusy
 from serving.teacher import Teacher
 

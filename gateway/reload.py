@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Generic, TypeVar
 
-from serving.settings import Section, Settings
+from serving.section import Section
+from serving.settings import Settings
 
 FIXED = (
     "state_dir",

@@ -28,9 +28,9 @@ from gateway.metrics import Metrics
 from gateway.presenter import Presenter, cut, written
 from gateway.reply import Headers, Reply
 from gateway.turn import Turn
+from serving.cache_settings import CacheSettings
 from serving.chat import SSE_DONE, sse
 from serving.errors import UnderstudyError, UpstreamBroken, UpstreamRefused
-from serving.settings import CacheSettings
 from serving.teacher import Chunk
 
 log = logging.getLogger("understudy.pipeline")

@@ -11,7 +11,8 @@ from serving.agreement import Comparison, comparison
 from serving.exchange import Json
 from serving.fingerprint import fingerprint
 from serving.rules import Rules
-from serving.settings import Settings, TaskSettings
+from serving.settings import Settings
+from serving.task_settings import TaskSettings
 
 OVERFLOW = "other"
 """Where the requests of every prompt go that is no task: not yet, or beyond `server.max_tasks`. Nothing is

@@ -16,7 +16,7 @@ from routers.router import Decision
 from serving.assembler import Assembler
 from serving.chat import ChatRequest
 from serving.exchange import Audit, Exchange, Json, Origin, Route, StudentAnswer, TeacherAnswer
-from serving.settings import RESERVED_TASKS, TaskSettings
+from serving.task_settings import RESERVED_TASKS, TaskSettings
 
 
 @dataclass(frozen=True, slots=True)

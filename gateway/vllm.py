@@ -31,7 +31,8 @@ from gateway.reload import reloadable
 from gateway.vllm_log import VllmLog
 from gateway.vllm_probe import VllmProbe
 from serving import leash
-from serving.settings import Settings, VllmSettings
+from serving.settings import Settings
+from serving.student_settings import VllmSettings
 from serving.vllm_command import (
     INSTALL_VLLM,
     command_of,

@@ -24,7 +24,7 @@ from serving.exchange import Json
 from serving.layout import task_names
 from serving.live import Cause, Live
 from serving.releases import ReleaseStore
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 from serving.watch_record import ANY, LATE_S, Names, WatchRecord, read_watch_record, write_watch_record
 
 log = logging.getLogger("understudy.watch")

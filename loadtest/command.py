@@ -19,7 +19,7 @@ from loadtest.table import show
 from serving.configuration import load_settings
 from serving.errors import ConfigError
 from serving.recording import Answers, Recording, read_recording
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,8 @@ from pathlib import Path
 import orjson
 
 from serving.pricing import PriceList
-from serving.settings import Price, TeacherSettings
 from serving.teacher import Teacher
+from serving.teacher_settings import Price, TeacherSettings
 from serving.upstream import Upstream
 
 _AT_ONCE = 64

@@ -35,7 +35,7 @@ from serving.exchange import Exchange
 from serving.log import LogReader
 from serving.recording import Recorded
 from serving.releases import ReleaseStore
-from serving.settings import AgreementChoice
+from serving.task_settings import AgreementChoice
 
 _SETTLE_S = 10.0
 

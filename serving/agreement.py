@@ -14,7 +14,7 @@ from typing import Protocol
 
 from serving.canonical import canonical, parse
 from serving.exchange import Json
-from serving.settings import AgreementChoice
+from serving.task_settings import AgreementChoice
 
 # Servers differ in what they call an answer that ended by itself (a forced tool call ends with "stop").
 _WHOLE = (None, "stop", "tool_calls", "function_call")

@@ -12,8 +12,8 @@ from typing import ClassVar
 import orjson
 
 from serving.errors import DamagedRelease
-from serving.settings import StudentChoice
 from serving.sight import SIGHTS, Sees
+from serving.student_choice import StudentChoice
 
 KIND = "classify"
 SCHEMA = 1

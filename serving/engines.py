@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 from serving.adapter_shelf import AdapterShelf
 from serving.device_time import DeviceTime
 from serving.errors import ConfigError, DamagedRelease
-from serving.settings import OnnxSettings
+from serving.student_settings import OnnxSettings
 from serving.tested_on import check_tested_on
 
 if TYPE_CHECKING:

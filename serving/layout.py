@@ -16,7 +16,7 @@ _TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 def is_task_name(name: str) -> bool:
-    """Whether `name` may name a task: the rule of `serving.settings.Name`, so it is always safe in a path."""
+    """Whether `name` may name a task: the rule of `serving.task_settings.Name`, so it is always safe in a path."""
     return _TASK_NAME.fullmatch(name) is not None
 
 

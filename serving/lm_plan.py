@@ -16,7 +16,7 @@ import orjson
 from serving.adapter import NAME
 from serving.errors import DamagedRelease
 from serving.exchange import Json
-from serving.settings import StudentChoice
+from serving.student_choice import StudentChoice
 
 SCHEMA = 1
 _WITH_ADAPTER = 2

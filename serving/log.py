@@ -16,6 +16,7 @@ from serving.events import Fold, decode, encode
 from serving.exchange import Exchange, Json
 from serving.forgotten import Stamp, forgotten_stamp, read_forgotten
 from serving.layout import is_task_name, task_directory, task_names
+from serving.log_settings import LogSettings
 from serving.retention import oldest_open_s
 from serving.segments import (
     OPEN_SUFFIX,
@@ -25,7 +26,6 @@ from serving.segments import (
     segment_lines,
     segment_paths,
 )
-from serving.settings import LogSettings
 
 __all__ = ["EventLog", "LogReader", "ReadResult", "seal_abandoned"]
 

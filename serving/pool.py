@@ -26,8 +26,8 @@ from serving.errors import ConfigError, UnderstudyError, UpstreamBroken, Upstrea
 from serving.exchange import Json
 from serving.guarded_student import StudentUnavailable
 from serving.pool_member import Address, Member, least_busy
-from serving.settings import VllmSettings
 from serving.student_server import Served, StudentBroken, StudentServer, key_of, refusal_of
+from serving.student_settings import VllmSettings
 from serving.upstream import NothingSent, StaleConnection, UpstreamResponse
 from serving.vllm_place import VllmPlace, read_place
 

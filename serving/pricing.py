@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, TypeGuard
 
 from serving.exchange import Json
-from serving.settings import Price
+from serving.teacher_settings import Price
 
 if TYPE_CHECKING:
     from genai_prices.types import ModelPrice, TieredPrices

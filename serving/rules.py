@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from serving.chat import system_text
 from serving.exchange import Json
-from serving.settings import Match, Settings
+from serving.settings import Settings
+from serving.task_settings import Match
 
 
 @dataclass(frozen=True, slots=True)

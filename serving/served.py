@@ -11,7 +11,7 @@ from serving.engines import Engines
 from serving.lm import LmStudent
 from serving.lm_plan import LmPlan
 from serving.releases import Release
-from serving.settings import StudentChoice
+from serving.student_choice import StudentChoice
 from serving.tally import Metering
 
 ServedPlan = LmPlan | ClassifyPlan

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from serving.exchange import StudentAnswer
 from serving.pricing import PriceList
-from serving.settings import StudentChoice, StudentSettings
+from serving.student_choice import StudentChoice
+from serving.student_settings import StudentSettings
 
 
 class StudentPrices:

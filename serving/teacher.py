@@ -26,8 +26,8 @@ from serving.errors import ConfigError, UnderstudyError, UpstreamError, Upstream
 from serving.exchange import Json, TeacherAnswer
 from serving.logprobs import LogprobsForTheLog, may_be_about_logprobs
 from serving.pricing import PriceList
-from serving.settings import TeacherSettings
 from serving.slots import Slots
+from serving.teacher_settings import TeacherSettings
 from serving.teacher_stream import Chunk, StreamFailed, TeacherStream, completion_of, shown_of
 from serving.upstream import Headers, NothingSent, StaleConnection, Upstream, UpstreamResponse
 from serving.wire import forwardable_request, forwardable_response, upstream_path

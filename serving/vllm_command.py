@@ -10,7 +10,8 @@ from pathlib import Path
 
 from serving.child_environment import child_environment
 from serving.errors import ConfigError
-from serving.settings import Settings, VllmSettings
+from serving.settings import Settings
+from serving.student_settings import VllmSettings
 
 _SERVER = "vllm.entrypoints.openai.api_server"
 _HIDDEN = "…"

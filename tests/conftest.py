@@ -39,9 +39,10 @@ from serving.exchange import Exchange, TeacherAnswer
 from serving.failures import Failures
 from serving.linear import LinearStudent
 from serving.log import EventLog, LogReader
+from serving.log_settings import LogSettings
 from serving.recording import Recorded, Recording
 from serving.releases import ReleaseStore
-from serving.settings import LogSettings, Settings
+from serving.settings import Settings
 from serving.stand_in import StandIn, create_stand_in
 from serving.stand_in_call import StandInHttp
 from serving.vllm_place import VllmPlace, read_place

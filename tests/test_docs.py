@@ -24,7 +24,9 @@ from routers.confidence import Confidence
 from routers.router import Router
 from serving.configuration import load_settings
 from serving.pool import Pool
-from serving.settings import ENV_PREFIX, Settings, TaskPolicy, TaskSettings, VllmSettings
+from serving.settings import ENV_PREFIX, Settings
+from serving.student_settings import VllmSettings
+from serving.task_settings import TaskPolicy, TaskSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

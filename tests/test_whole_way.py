@@ -25,7 +25,7 @@ from routers.simulator import Message, simulate
 from serving.exchange import Exchange
 from serving.log import LogReader
 from serving.recording import Recorded, read_recording
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = (ROOT / "examples" / "system_prompt.txt").read_text()

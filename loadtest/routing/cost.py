@@ -29,7 +29,7 @@ from serving.errors import UnderstudyError
 from serving.exchange import Json
 from serving.recording import read_recording
 from serving.releases import ReleaseStore
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 from serving.upstream import Upstream
 
 TASK, MODEL = "banking", "stand-in"

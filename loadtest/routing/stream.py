@@ -20,7 +20,7 @@ from loadtest.routing.runner import Runner
 from loadtest.routing.verdict import chance_of, is_kept
 from routers.simulator import Kept, Message, simulate
 from serving.recording import read_recording
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 
 ALPHA, CERTAINTY = 0.1, 0.9
 SEEDS, FLOOR_SEEDS = 200, 5

@@ -13,7 +13,7 @@ from loadtest.students.split import Example
 from routers.measures import aurc, expected_calibration_error, reliability, risk_coverage
 from routers.router import Router
 from serving.agreement import comparison
-from serving.settings import AgreementChoice
+from serving.task_settings import AgreementChoice
 
 MAX_DISAGREEMENT = 0.05
 

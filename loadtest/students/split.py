@@ -16,8 +16,8 @@ from serving.errors import UnderstudyError
 from serving.estimate import unfinished_usage
 from serving.exchange import Exchange, Json, TeacherAnswer
 from serving.log import EventLog
+from serving.log_settings import LogSettings
 from serving.pricing import PriceList
-from serving.settings import LogSettings
 
 TASK = "banking"
 TEACHER = "gpt-4"

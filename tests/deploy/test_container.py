@@ -20,7 +20,8 @@ from packaging.utils import canonicalize_name
 from pydantic import BaseModel
 
 from serving.configuration import load_settings
-from serving.settings import ENV_PREFIX, ServerSettings, Settings
+from serving.server_settings import ServerSettings
+from serving.settings import ENV_PREFIX, Settings
 
 Start = Callable[..., Any]
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,8 @@ from routers.simulator import Message, simulate
 from routers.watch import Watch
 from serving.disk import Disk
 from serving.releases import ReleaseStore
-from serving.settings import Settings, TaskPolicy, TaskSettings
+from serving.settings import Settings
+from serving.task_settings import TaskPolicy, TaskSettings
 from serving.watch_record import WatchRecord, write_watch_record
 
 Make = Callable[..., Any]

@@ -23,7 +23,8 @@ from routers.looks import PastLook, spent
 from routers.simulator import Message, simulate
 from serving.exchange import Exchange
 from serving.releases import CANDIDATE_FILE, ReleaseStore
-from serving.settings import Settings, TaskPolicy, TaskSettings
+from serving.settings import Settings
+from serving.task_settings import TaskPolicy, TaskSettings
 
 Make = Callable[..., Any]
 KINDS = {"card": "where is my card {}", "parcel": "the parcel {} please", "refund": "refund order {} now"}

@@ -12,7 +12,7 @@ from distillation.dataset import Row, build_dataset, known_answers, token_estima
 from routers.noise import Noise
 from serving.agreement import comparison
 from serving.exchange import Exchange, Json, StudentAnswer, TeacherAnswer
-from serving.settings import AgreementChoice
+from serving.task_settings import AgreementChoice
 
 EXACT = comparison(AgreementChoice())
 JSON = comparison(AgreementChoice(kind="json"))

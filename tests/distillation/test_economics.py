@@ -11,7 +11,8 @@ import pytest
 from distillation.economics import TaskSummary, summarise
 from serving.exchange import StudentAnswer
 from serving.releases import ReleaseStore
-from serving.settings import Settings, TaskPolicy
+from serving.settings import Settings
+from serving.task_settings import TaskPolicy
 
 Make = Callable[..., Any]
 TEXTS = [(f"where is {i}", "lost" if i % 2 else "late") for i in range(100)]

@@ -22,9 +22,12 @@ from serving.closed_students import load_closed_student
 from serving.embedded import EmbeddedLinear
 from serving.engines import Engines
 from serving.errors import DamagedRelease
+from serving.learning_settings import LearningSettings
 from serving.recording import Recorded, Recording
 from serving.releases import ReleaseStore
-from serving.settings import LearningSettings, Settings, StudentChoice, TaskSettings
+from serving.settings import Settings
+from serving.student_choice import StudentChoice
+from serving.task_settings import TaskSettings
 
 Make = Callable[..., Any]
 TOPICS = ("card", "parcel", "refund", "loan")

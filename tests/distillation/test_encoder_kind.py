@@ -32,9 +32,10 @@ from serving.exchange import Exchange, TeacherAnswer
 from serving.forgetting import Whose, forget
 from serving.linear import LinearStudent
 from serving.releases import ReleaseStore
-from serving.settings import StudentChoice, TaskSettings
 from serving.sight import Sees
 from serving.student_answers import ErasedMeanwhile, ErasureStamp, erase_answers
+from serving.student_choice import StudentChoice
+from serving.task_settings import TaskSettings
 
 ALPHA = 0.15
 POLICY = TaskSettings(

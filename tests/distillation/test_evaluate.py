@@ -23,7 +23,8 @@ from serving.errors import DamagedRelease, UnderstudyError, UnknownRelease, Unkn
 from serving.exchange import Exchange, StudentAnswer
 from serving.recording import read_recording
 from serving.releases import ReleaseStore
-from serving.settings import AgreementChoice, Settings, TaskSettings
+from serving.settings import Settings
+from serving.task_settings import AgreementChoice, TaskSettings
 
 Make = Callable[..., Any]
 KINDS = {"card": "where is my card {}", "parcel": "the parcel {} please", "refund": "refund order {} now"}

@@ -15,9 +15,11 @@ from distillation.learning import learn
 from serving.errors import DamagedRelease, UnderstudyError
 from serving.recording import Recorded, Recording
 from serving.releases import ReleaseStore
-from serving.settings import AgreementChoice, Settings, StudentChoice, TaskSettings
+from serving.settings import Settings
 from serving.stand_in import create_stand_in
 from serving.stand_in_call import StandInHttp
+from serving.student_choice import StudentChoice
+from serving.task_settings import AgreementChoice, TaskSettings
 
 Make = Callable[..., Any]
 ANSWERS = ("1", "2", "3")

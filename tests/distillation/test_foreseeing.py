@@ -22,7 +22,9 @@ from serving.agreement import comparison
 from serving.errors import DamagedRelease
 from serving.exchange import Exchange, StudentAnswer, TeacherAnswer
 from serving.releases import SKIPPED_FILE, ReleaseStore
-from serving.settings import StudentChoice, StudentSettings, TaskPolicy, TaskSettings
+from serving.student_choice import StudentChoice
+from serving.student_settings import StudentSettings
+from serving.task_settings import TaskPolicy, TaskSettings
 
 POLICY = TaskPolicy(max_disagreement=0.02, certainty=0.9)
 SLOW = Stakes(student_s=0.5, student_usd=2e-4, teacher_s=1.0, teacher_usd=1e-3, waiting_usd_per_s=1 / 3600)

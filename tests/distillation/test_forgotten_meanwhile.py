@@ -16,7 +16,8 @@ from serving.forgetting import Whose, forget
 from serving.layout import training_directory
 from serving.log import LogReader
 from serving.releases import ReleaseStore
-from serving.settings import Settings, TaskSettings
+from serving.settings import Settings
+from serving.task_settings import TaskSettings
 
 Make = Callable[..., Any]
 PAIRS = [(f"where is my {thing} {i}", thing) for i in range(50) for thing in ("card", "parcel", "refund")]

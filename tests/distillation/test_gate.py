@@ -17,7 +17,7 @@ from routers.looks import PastLook, spent
 from routers.router import Router
 from serving.errors import DamagedRelease
 from serving.releases import ReleaseStore
-from serving.settings import AgreementChoice, TaskPolicy
+from serving.task_settings import AgreementChoice, TaskPolicy
 
 KINDS = {"card": "where is my card {}", "parcel": "the parcel {} please", "refund": "refund order {} now"}
 POLICY = TaskPolicy(max_disagreement=0.1, certainty=0.9)

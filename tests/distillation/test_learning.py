@@ -32,8 +32,10 @@ from serving.events import answered, audited
 from serving.exchange import Exchange
 from serving.linear import LinearStudent
 from serving.log import EventLog, LogReader
+from serving.log_settings import LogSettings
 from serving.releases import ReleaseStore
-from serving.settings import LogSettings, Settings, TaskPolicy, TaskSettings
+from serving.settings import Settings
+from serving.task_settings import TaskPolicy, TaskSettings
 
 Make = Callable[..., Any]
 KINDS = {

@@ -13,7 +13,8 @@ from distillation.console import print_tasks
 from distillation.economics import StudentCost, TaskSummary
 from distillation.learning_cost import LearningCost, all_of, core_seconds
 from serving.exchange import Json, StudentAnswer
-from serving.settings import StudentChoice, StudentSettings
+from serving.student_choice import StudentChoice
+from serving.student_settings import StudentSettings
 
 
 def test_children_count_once_they_have_ended() -> None:

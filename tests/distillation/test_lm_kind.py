@@ -25,11 +25,14 @@ from routers.router import Router
 from serving.errors import DamagedRelease
 from serving.exchange import Exchange, StudentAnswer
 from serving.lm_plan import LmPlan
+from serving.log_settings import LogSettings
 from serving.recording import Recorded, Recording
 from serving.releases import ReleaseStore
-from serving.settings import AgreementChoice, LogSettings, Settings, StudentChoice, TaskSettings
+from serving.settings import Settings
 from serving.stand_in import StandIn, create_stand_in
 from serving.stand_in_call import StandInHttp
+from serving.student_choice import StudentChoice
+from serving.task_settings import AgreementChoice, TaskSettings
 
 Make = Callable[..., Any]
 ANSWERS = ("card", "parcel", "refund")

@@ -14,7 +14,7 @@ from distillation.served_release import Answered, ServedRelease, is_streamed, st
 from routers.promise import binomial_tail
 from serving.exchange import StudentAnswer
 from serving.lm_plan import LmPlan
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 
 PLAN = LmPlan("http://x", "small", checkpoints=(4,), commit_tokens=8)
 POLICY = TaskPolicy(max_disagreement=0.1, certainty=0.9)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distillation.named_answers import answer_terms, never_given
-from serving.settings import AgreementChoice, TaskPolicy
+from serving.task_settings import AgreementChoice, TaskPolicy
 
 ANSWERS = ["refund_request", "where_is_my_parcel"] * 30
 NAMES = st.text(st.characters(codec="utf-8"), max_size=20)

@@ -15,7 +15,8 @@ from distillation.economics import summarise
 from serving.agreement import ExactComparison
 from serving.events import answered, audited, decode, encode, fold
 from serving.exchange import Exchange, Origin, StudentAnswer, TeacherAnswer
-from serving.settings import Settings, TaskPolicy
+from serving.settings import Settings
+from serving.task_settings import TaskPolicy
 
 Make = Callable[..., Any]
 RATE = 0.3

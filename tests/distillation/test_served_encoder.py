@@ -17,7 +17,9 @@ from distillation.evaluate import evaluate
 from distillation.learning import Lesson, learn
 from serving.classify_plan import ClassifyPlan
 from serving.releases import ReleaseStore
-from serving.settings import Settings, StudentChoice, TaskSettings
+from serving.settings import Settings
+from serving.student_choice import StudentChoice
+from serving.task_settings import TaskSettings
 
 Make = Callable[..., Any]
 LABELS = ("card", "parcel", "refund")

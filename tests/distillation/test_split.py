@@ -10,7 +10,8 @@ from distillation.split import Split, place_of
 from gateway.turn import new_id
 from serving.exchange import Exchange
 from serving.releases import ReleaseStore
-from serving.settings import StudentChoice, TaskSettings
+from serving.student_choice import StudentChoice
+from serving.task_settings import TaskSettings
 
 shares = st.floats(0.1, 0.9)
 

@@ -15,7 +15,8 @@ from distillation.teachers import teacher_since
 from serving.agreement import comparison
 from serving.exchange import Exchange, TeacherAnswer
 from serving.releases import ReleaseStore
-from serving.settings import AgreementChoice, Settings, TaskSettings
+from serving.settings import Settings
+from serving.task_settings import AgreementChoice, TaskSettings
 
 Make = Callable[..., Any]
 

@@ -14,15 +14,12 @@ from typing import Any
 import pytest
 
 from distillation.training_process import TrainingFailed, run_script, training_folder
-from serving.settings import (
-    LearningSettings,
-    Settings,
-    StudentChoice,
-    StudentSettings,
-    TaskSettings,
-    TeacherSettings,
-    VllmSettings,
-)
+from serving.learning_settings import LearningSettings
+from serving.settings import Settings
+from serving.student_choice import StudentChoice
+from serving.student_settings import StudentSettings, VllmSettings
+from serving.task_settings import TaskSettings
+from serving.teacher_settings import TeacherSettings
 
 ENDS_WITH_PARENT = """
 import os, threading

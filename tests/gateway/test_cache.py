@@ -11,7 +11,7 @@ from gateway.cache import Cache, Lookup
 from gateway.cache_entry import CachedAnswer
 from gateway.leases import Lease
 from gateway.metrics import Metrics
-from serving.settings import CacheSettings
+from serving.cache_settings import CacheSettings
 
 
 def an_answer(text: str = "x", stored_at: float = 1000.0) -> CachedAnswer:

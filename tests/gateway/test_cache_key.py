@@ -11,7 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from gateway.cache_key import IGNORED_FIELDS, KEY_HEADERS, cache_key, cache_scope
-from serving.settings import TeacherSettings
+from serving.teacher_settings import TeacherSettings
 from serving.tenant import ANONYMOUS
 
 TEXT = st.text(max_size=8)

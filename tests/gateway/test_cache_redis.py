@@ -17,7 +17,7 @@ from gateway.cache import Cache, Lookup
 from gateway.cache_entry import CachedAnswer, encode
 from gateway.leases import Names
 from gateway.metrics import Metrics
-from serving.settings import CacheSettings
+from serving.cache_settings import CacheSettings
 
 WAIT_S = 0.05
 """What a request waits for Redis at most, with the patience a gateway has."""

@@ -21,21 +21,18 @@ from gateway.doctor_student import check_students
 from gateway.doctor_training import check_training
 from gateway.doctor_vllm import check_vllm_start
 from gateway.finding import Finding
+from serving.cache_settings import CacheSettings
+from serving.learning_settings import LearningSettings
 from serving.recording import Recorded, Recording
 from serving.releases import ReleaseStore
-from serving.settings import (
-    CacheSettings,
-    LearningSettings,
-    ServerSettings,
-    Settings,
-    StudentChoice,
-    StudentSettings,
-    TaskSettings,
-    TeacherSettings,
-    VllmSettings,
-)
+from serving.server_settings import ServerSettings
+from serving.settings import Settings
 from serving.stand_in import create_stand_in
 from serving.stand_in_call import StandInHttp
+from serving.student_choice import StudentChoice
+from serving.student_settings import StudentSettings, VllmSettings
+from serving.task_settings import TaskSettings
+from serving.teacher_settings import TeacherSettings
 
 Start = Callable[..., Any]
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,10 @@ import pytest
 from gateway.app import create_app
 from gateway.edge import HEAD_BYTES, MOST_HEADERS, SLOWEST_BYTES_S
 from gateway.worker import Beat, Worker
-from serving.settings import LearningSettings, ServerSettings, Settings, TeacherSettings
+from serving.learning_settings import LearningSettings
+from serving.server_settings import ServerSettings
+from serving.settings import Settings
+from serving.teacher_settings import TeacherSettings
 
 Start = Callable[..., Any]
 BODY = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hello"}]}).encode()

@@ -20,9 +20,9 @@ from serving.lm import LmStudent
 from serving.lm_plan import LmPlan
 from serving.recording import Recorded, Recording
 from serving.releases import ReleaseStore
-from serving.settings import StudentChoice
 from serving.stand_in import create_stand_in
 from serving.stand_in_call import StandInHttp
+from serving.student_choice import StudentChoice
 
 Start = Callable[..., Any]
 ROWS = (

@@ -12,7 +12,7 @@ from gateway.cache import Cache
 from gateway.cache_entry import CachedAnswer
 from gateway.leases import Lease, Names
 from gateway.metrics import Metrics
-from serving.settings import CacheSettings
+from serving.cache_settings import CacheSettings
 
 
 def an_answer(text: str = "x") -> CachedAnswer:

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from serving.settings import ServerSettings
+from serving.server_settings import ServerSettings
 
 Start = Callable[..., Any]
 ANSWERS = {"hello": "greeting"}

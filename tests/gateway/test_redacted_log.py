@@ -11,7 +11,7 @@ import pytest
 
 from distillation.dataset import build_dataset, known_answers
 from serving.agreement import comparison
-from serving.settings import AgreementChoice
+from serving.task_settings import AgreementChoice
 
 Start = Callable[..., Any]
 SECRET = "ann@mail.example"

@@ -16,8 +16,8 @@ import pytest
 from gateway.cache import Cache
 from gateway.cache_entry import CachedAnswer
 from gateway.metrics import Metrics
+from serving.cache_settings import CacheSettings
 from serving.errors import ConfigError
-from serving.settings import CacheSettings
 
 
 def an_answer(text: str = "x") -> CachedAnswer:

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from gateway.reload import FIXED, Generation, reloadable
-from serving.settings import LogSettings, ServerSettings, Settings, StudentSettings
+from serving.log_settings import LogSettings
+from serving.server_settings import ServerSettings
+from serving.settings import Settings
+from serving.student_settings import StudentSettings
 
 Start = Callable[..., Any]
 

@@ -21,8 +21,9 @@ from gateway.metrics import Metrics
 from gateway.tasks import Tasks
 from serving.exchange import Exchange, StudentAnswer
 from serving.log import EventLog
+from serving.log_settings import LogSettings
 from serving.pricing import PriceList
-from serving.settings import LogSettings, Settings
+from serving.settings import Settings
 from serving.student_price import StudentPrices
 from serving.teacher import Teacher
 from serving.upstream import Upstream

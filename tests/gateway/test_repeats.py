@@ -12,9 +12,10 @@ from distillation.economics import summarise
 from distillation.learning import Lesson, learn
 from routers.noise import Noise
 from serving.recording import Recorded, Recording
-from serving.settings import Settings, TaskSettings
+from serving.settings import Settings
 from serving.stand_in import create_stand_in
 from serving.stand_in_call import StandInHttp
+from serving.task_settings import TaskSettings
 
 Start = Callable[..., Any]
 TASK: dict[str, Any] = {

@@ -20,7 +20,8 @@ import pytest
 
 from gateway.server import is_exposed, serve
 from serving.errors import ConfigError
-from serving.settings import ServerSettings, Settings
+from serving.server_settings import ServerSettings
+from serving.settings import Settings
 
 Start = Callable[..., Any]
 ROOT = Path(__file__).parents[2]

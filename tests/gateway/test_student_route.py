@@ -15,8 +15,8 @@ import pytest
 from serving.events import answered, cancelled
 from serving.exchange import Exchange, StudentAnswer
 from serving.log import EventLog, LogReader
+from serving.log_settings import LogSettings
 from serving.releases import ReleaseStore
-from serving.settings import LogSettings
 
 Start = Callable[..., Any]
 TEACHER = {"parcel lost": "lost", "parcel late": "late", "refund now": "refund", "what": "unclear"}

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from serving.errors import ConfigError
 from serving.failures import Failure, Failures, Rule
-from serving.settings import ObserveSettings
+from serving.observe_settings import ObserveSettings
 
 Start = Callable[..., Any]
 Wait = Callable[[Callable[[], bool]], None]

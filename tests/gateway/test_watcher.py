@@ -20,7 +20,7 @@ from serving.audit_trail import AGREED, Audited
 from serving.events import answered, audited, cancelled, encode, superseded
 from serving.exchange import Exchange, Json, StudentAnswer, TeacherAnswer
 from serving.releases import ReleaseStore
-from serving.settings import TaskPolicy
+from serving.task_settings import TaskPolicy
 from serving.watch_record import WatchRecord, read_watch_record
 
 Start = Callable[..., Any]

@@ -14,7 +14,7 @@ from loadtest.traffic import Outcome
 from serving.agreement import comparison
 from serving.exchange import Audit, Exchange, Json, Route, TeacherAnswer
 from serving.recording import Recorded
-from serving.settings import AgreementChoice
+from serving.task_settings import AgreementChoice
 
 COMPARE = comparison(AgreementChoice())
 

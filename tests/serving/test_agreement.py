@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from serving.agreement import comparison
 from serving.exchange import Json
-from serving.settings import AgreementChoice
+from serving.task_settings import AgreementChoice
 
 EXACT = comparison(AgreementChoice(kind="exact"))
 JSON = comparison(AgreementChoice(kind="json"))

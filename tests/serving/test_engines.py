@@ -14,7 +14,7 @@ import pytest
 
 from serving.engines import Engines
 from serving.errors import ConfigError, DamagedRelease
-from serving.settings import OnnxSettings
+from serving.student_settings import OnnxSettings
 
 Files = dict[str, bytes]
 ROOT = Path(__file__).resolve().parents[2]

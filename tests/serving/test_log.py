@@ -23,8 +23,9 @@ from serving.events import answered, audited, decode, encode
 from serving.exchange import Exchange, Json
 from serving.layout import is_task_name
 from serving.log import EventLog, LogReader, seal_abandoned
+from serving.log_settings import LogSettings
 from serving.segments import SegmentWriter, boot_token
-from serving.settings import LogSettings, Name
+from serving.task_settings import Name
 
 Start = Callable[..., Any]
 
@@ -151,7 +152,7 @@ from pathlib import Path
 from serving.events import answered
 from serving.exchange import Exchange
 from serving.log import EventLog
-from serving.settings import LogSettings
+from serving.log_settings import LogSettings
 
 async def client(log, run, number):
     for turn in range(10**9):

@@ -25,7 +25,7 @@ from serving.lm import LmStudent
 from serving.lm_plan import LmPlan
 from serving.pool import Pool, served_at
 from serving.pool_member import Address, Member, least_busy
-from serving.settings import VllmSettings
+from serving.student_settings import VllmSettings
 from serving.vllm_place import VllmPlace, lock_file, write_place
 
 Serve = Callable[..., str]

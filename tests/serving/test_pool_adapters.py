@@ -17,7 +17,7 @@ from serving.errors import UpstreamTimeout
 from serving.guarded_student import StudentUnavailable
 from serving.pool import Pool
 from serving.pool_adapters import PoolAdapterLoading
-from serving.settings import VllmSettings
+from serving.student_settings import VllmSettings
 from serving.vllm_place import VllmPlace, lock_file, write_place
 
 Serve = Callable[..., str]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.pricing import PriceList
-from serving.settings import Price
+from serving.teacher_settings import Price
 
 ROOT = Path(__file__).parents[2]
 OPENAI = next(provider for provider in providers if provider.id == "openai")

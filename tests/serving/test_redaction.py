@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from serving.events import answered, audited, decode, encode, fold
 from serving.exchange import Exchange, Json, TeacherAnswer
+from serving.log_settings import LogSettings
 from serving.redaction import Redactor
-from serving.settings import LogSettings
 
 ALL = ["email", "phone", "card", "iban", "ip", "ticket:TCK-[0-9]+"]
 SECRETS = {

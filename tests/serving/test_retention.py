@@ -16,9 +16,9 @@ from serving.events import answered, encode
 from serving.exchange import Exchange
 from serving.layout import training_directory
 from serving.log import EventLog, LogReader
+from serving.log_settings import LogSettings
 from serving.removed import read_removed, removing_alone, write_removed
 from serving.retention import oldest_open_s, remove_expired
-from serving.settings import LogSettings
 
 Start = Callable[..., Any]
 DAY = 86_400.0

@@ -11,7 +11,8 @@ from serving.classify_plan import ClassifyPlan
 from serving.configuration import load_settings
 from serving.errors import ConfigError
 from serving.lm_plan import LmPlan
-from serving.settings import Settings, StudentChoice
+from serving.settings import Settings
+from serving.student_choice import StudentChoice
 
 
 def written(folder: Path, text: str) -> Path:

@@ -6,8 +6,10 @@ import pytest
 from pydantic import ValidationError
 
 from serving.exchange import StudentAnswer
-from serving.settings import Price, StudentChoice, StudentSettings, VllmSettings
+from serving.student_choice import StudentChoice
 from serving.student_price import StudentPrices
+from serving.student_settings import StudentSettings, VllmSettings
+from serving.teacher_settings import Price
 
 PRICES = StudentPrices(StudentSettings(usd_per_hour=0.36))
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010}

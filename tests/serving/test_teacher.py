@@ -25,8 +25,8 @@ from serving.errors import (
 )
 from serving.exchange import Json
 from serving.pricing import PriceList
-from serving.settings import Price, TeacherSettings
 from serving.teacher import Chunk, StreamFailed, Teacher
+from serving.teacher_settings import Price, TeacherSettings
 from serving.upstream import Upstream
 
 ASKED: Json = {

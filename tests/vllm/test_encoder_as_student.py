@@ -15,8 +15,10 @@ from gateway.doctor_student import check_students
 from serving.classify import ClassifyStudent
 from serving.classify_plan import ClassifyPlan
 from serving.recording import Recorded, read_recording
-from serving.settings import Settings, StudentChoice, TaskSettings
+from serving.settings import Settings
+from serving.student_choice import StudentChoice
 from serving.student_server import StudentBroken, StudentRefused
+from serving.task_settings import TaskSettings
 
 Make = Callable[..., Any]
 SENT = 400
