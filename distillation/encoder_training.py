@@ -18,6 +18,8 @@ back to tell after which epoch it was best, the first fit included; by the loss 
 themselves, the body's largest table, isn't touched: a few thousand texts would only have it forget those that aren't in
 them. Batches are of texts about as long as each other, since padding is most of the work otherwise.
 
+It says how far it is every few seconds; only loading, and a step of the tuning, can't be cut into pieces.
+
 OUT is a Hugging Face folder of the body, with `id2label` in its config and the tokenizer, and the head beside it:
 `head.safetensors`, `weight` float32[k, d] and `bias` float32[k].
 """
@@ -46,6 +48,7 @@ _WARM_UP = 0.1
 _WEIGHT_DECAY = 0.01
 _SAY_EVERY_S = 5.0
 _TEMPERATURES = (0.25, 8.0, 41)
+_READ_AT_ONCE = 256
 
 Json = dict[str, Any]
 Places = Any
@@ -86,6 +89,7 @@ def _say(**said: object) -> None:
 def _train(job: Json) -> Json:
     import tokenizers
 
+    _say(progress={"stage": "loading"})
     tokenizer = _tokenizer(Path(job["base"]), tokenizers)
     # What takes seconds to import comes behind what takes none to find out.
     import numpy
@@ -161,7 +165,8 @@ class _Tuning:
         # Some models count places from behind their padding's: two of them may be no tokens'.
         places = (getattr(body.config, "max_position_embeddings", None) or 1_000_000) - 2
         tokenizer.enable_truncation(max(8, min(int(job["longest"]), places)))
-        self._tokens = [encoded.ids for encoded in tokenizer.encode_batch(job["texts"])]
+        self._progress = _Progress(self._epochs)
+        self._tokens = list(self._read(job["texts"], tokenizer))
         if max(map(max, self._tokens), default=0) >= body.config.vocab_size:
             raise Unfit(
                 f"{job['base']}: tokenizer.json knows more tokens than the model: one of them is another's"
@@ -180,7 +185,7 @@ class _Tuning:
             [*_groups(body, job["learning_rate"]), *_groups(self._head, job["head_learning_rate"])]
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, _slope(steps))
-        self._progress = _Progress(self._epochs, steps)
+        self._progress.steps = steps
 
     def run(self) -> Json:
         """Train; body and head are those of the best epoch then (0: the head alone was fitted). Says how it went."""
@@ -213,6 +218,7 @@ class _Tuning:
         """Write body, head, and what turns texts into tokens."""
         from safetensors.torch import save_file
 
+        _say(progress={"stage": "writing"})
         self._whole.eval().to("cpu")
         self._body.save_pretrained(folder, safe_serialization=True)
         (folder / "tokenizer.json").write_bytes((self._base / "tokenizer.json").read_bytes())
@@ -222,6 +228,13 @@ class _Tuning:
     def _state(self) -> Json:
         return {name: value.detach().cpu().clone() for name, value in self._whole.state_dict().items()}
 
+    def _read(self, texts: list[str], tokenizer: Any) -> Iterator[list[int]]:
+        """The tokens of each text."""
+        for start in range(0, len(texts), _READ_AT_ONCE):
+            self._progress.alive("reading the texts")
+            for encoded in tokenizer.encode_batch(texts[start : start + _READ_AT_ONCE]):
+                yield encoded.ids
+
     def _probe(self) -> None:
         """Fit the head to the body as it is: logistic regression, by L-BFGS."""
         torch = self._torch
@@ -229,6 +242,7 @@ class _Tuning:
         taken, right = [], []
         with torch.no_grad():
             for places in self._batches(self._training, shuffled=False):
+                self._progress.alive("fitting its head")
                 taken.append(self._features(places))
                 right.append(self._answers[places].to(self._device))
         features, answers = torch.cat(taken), torch.cat(right)
@@ -241,6 +255,7 @@ class _Tuning:
         )
 
         def loss() -> Any:
+            self._progress.alive("fitting its head")
             fitting.zero_grad()
             penalty = _PROBE_PENALTY / 2 * (self._head.weight**2).sum()
             lost = torch.nn.functional.cross_entropy(self._head(features), answers) + penalty
@@ -273,6 +288,7 @@ class _Tuning:
         taken, answers = [], []
         with torch.no_grad():
             for some in self._batches(places, shuffled=False):
+                self._progress.alive("measuring how good it is")
                 taken.append(self._head(self._features(some)))
                 answers.append(self._answers[some].to(self._device))
         logits, right = torch.cat(taken), torch.cat(answers)
@@ -328,16 +344,23 @@ def _slope(steps: int) -> Callable[[int], float]:
 
 
 class _Progress:
-    """Says how far it is: after every epoch, and now and then in between."""
+    """Says how far it is: after every epoch, and now and then in between. `steps` is how many there are, once known."""
 
-    def __init__(self, epochs: int, steps: int) -> None:
-        self._epochs, self._steps = epochs, steps
+    def __init__(self, epochs: int) -> None:
+        self.steps = 0
+        self._epochs = epochs
         self._began = self._said = time.monotonic()
         self._done = 0
 
     def begin(self) -> None:
         """The first step begins."""
         self._began = self._said = time.monotonic()
+
+    def alive(self, stage: str) -> None:
+        """It is at something that isn't a step."""
+        if time.monotonic() - self._said > _SAY_EVERY_S:
+            self._said = time.monotonic()
+            _say(progress={"stage": stage})
 
     def step(self, epoch: int, loss: float) -> None:
         """One more step is done."""
@@ -348,7 +371,7 @@ class _Progress:
     def say(self, epoch: int, loss: float, agreed: float | None = None) -> None:
         """Say it now."""
         self._said = time.monotonic()
-        left = (self._said - self._began) / self._done * (self._steps - self._done)
+        left = (self._said - self._began) / self._done * (self.steps - self._done)
         said = {"epoch": epoch, "epochs": self._epochs, "loss": loss, "seconds_left": left}
         _say(progress={**said, **({} if agreed is None else {"agreed": agreed})})
 

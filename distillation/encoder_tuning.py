@@ -148,6 +148,8 @@ class FineTuning:
 
 def _words(said: Json) -> str:
     """How far training is, for a person."""
+    if "stage" in said:
+        return f"fine-tuning: {said['stage']}"
     return (
         f"fine-tuning, epoch {said['epoch']} of {said['epochs']} at most: loss {said['loss']:.3f}, "
         f"{said['seconds_left']:.0f} s left"

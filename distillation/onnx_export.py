@@ -26,7 +26,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,9 @@ def _export(job: Json) -> Json:
     _trace(whole, {name: torch.from_numpy(batches[-1][name]) for name in names}, job["gives"], written, torch)
     _say(progress={"stage": "comparing"})
     batches.append(_repeated(longest, tokenizer, numpy))
-    expected = [by_torch(batch) for batch in batches]
+    expected = list(_each(by_torch, batches))
     run = _runner(written, names, onnxruntime, int(job.get("threads", 1)))
-    found = [run(batch) for batch in batches]
+    found = list(_each(run, batches))
     difference = max(float(abs(a - b).max()) for a, b in zip(expected, found, strict=True))
     largest = max(float(abs(one).max()) for one in expected)
     if not difference <= TOLERANCE * max(1.0, largest):
@@ -138,6 +138,7 @@ def _export(job: Json) -> Json:
     if job["precision"] == "int8":
         _say(progress={"stage": "quantising"})
         fit = _quantise(written, model.config, expected, batches, names, numpy, onnxruntime)
+    _say(progress={"stage": "writing"})
     _describe(
         written,
         {
@@ -257,6 +258,13 @@ def _whole(model: Any, gives: str, head: Any, torch: Any) -> Any:
     return Whole().eval()
 
 
+def _each(run: Callable[[Json], Any], batches: list[Json]) -> Iterator[Any]:
+    """What a model gives for each batch. The longest takes a large one a while, so that each is said."""
+    for number, batch in enumerate(batches, 1):
+        yield run(batch)
+        _say(progress={"stage": "comparing", "batch": number, "batches": len(batches)})
+
+
 def _batch(texts: Any, tokenizer: Any, pad_id: int, numpy: Any) -> Json:
     encoded = [tokenizer.encode(text) for text in texts]
     shape = (len(encoded), max(len(one.ids) for one in encoded))
@@ -344,6 +352,7 @@ def _quantise(
     full = path.with_name("full.onnx")
     path.rename(full)
     _fuse(full, config)
+    _say(progress={"stage": "quantising what is fused"})
     quantize_dynamic(
         full,
         path,

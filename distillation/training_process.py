@@ -6,18 +6,21 @@ path of a job, a JSON file, and says on standard output, a JSON object a line, h
 came to (`done`), or why it can't be (`error`), or which module there isn't (`missing`). Standard error is for whatever
 else its libraries say; the end of it is shown where a script dies without a word.
 
-A script ends with us, however we end: it reads its standard input, whose other end only we hold.
+A script ends with us, however we end: it reads its standard input, whose other end only we hold. And it ends when it
+has hung, since whoever waits for it holds the task's lock: it says every few seconds how far it is, but for what
+libraries do in one piece, and is killed once it has said nothing for `learning.silence_s`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
+import selectors
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +37,7 @@ from serving.settings import Settings
 _NICENESS = 10
 _LAST_BYTES = 4096
 _LAST_LINES = 5
+_MOST_AT_ONCE = 65536
 
 
 class TrainingFailed(UnderstudyError):
@@ -69,10 +73,12 @@ def run_script(
 ) -> Json:
     """Run a script on a job, to its end; gives what it came to. `progress` hears how far it is.
 
-    What the script writes beside that goes into `folder`, where it also runs. Raises TrainingFailed.
+    What the script writes beside that goes into `folder`, where it also runs. Raises TrainingFailed, also for one that
+    has hung: it has ended then, too.
     """
     python = _python(settings.learning.python)
     path, errors = folder / "job.json", folder / "stderr"
+    silence_s = settings.learning.silence_s
     path.write_bytes(orjson.dumps(job))
     try:
         with errors.open("wb") as stderr:
@@ -93,8 +99,13 @@ def run_script(
         try:
             with contextlib.suppress(ProcessLookupError):  # it has ended already
                 os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)
-            ended = _listen(child.stdout or io.BytesIO(), progress)
-            code = child.wait()
+            ended = {} if child.stdout is None else _listen(child.stdout, progress, silence_s)
+            code = child.wait(timeout=silence_s)
+        except (TimeoutError, subprocess.TimeoutExpired) as error:
+            raise TrainingFailed(
+                f"{script.name} was ended: for {silence_s:g} s it hadn't said how far it is, as one that has hung; if "
+                f"this machine is so slow, raise learning.silence_s{_last_words(errors)}"
+            ) from error
         finally:
             child.kill()
     if code == 0 and isinstance(ended.get("done"), dict):
@@ -131,21 +142,39 @@ def _environment(settings: Settings) -> dict[str, str]:
     }
 
 
-def _listen(stdout: IO[bytes], progress: Callable[[Json], None]) -> Json:
-    """What a script says to its end: the last thing that isn't progress."""
+def _listen(stdout: IO[bytes], progress: Callable[[Json], None], silence_s: float) -> Json:
+    """What a script says to its end: the last thing that isn't progress.
+
+    Raises TimeoutError if it says nothing for `silence_s`. What libraries print isn't said by the script: some
+    report for ever that they try again.
+    """
     ended: Json = {}
-    for line in stdout:
-        try:
-            said = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            continue  # a library that talks
-        if not isinstance(said, dict):
-            continue
-        if isinstance(said.get("progress"), dict):
-            progress(said["progress"])
-        else:
-            ended = said
-    return ended
+    rest, heard_at = b"", time.monotonic()
+    with selectors.DefaultSelector() as ready:
+        ready.register(stdout, selectors.EVENT_READ)
+        while ready.select(max(0.0, heard_at + silence_s - time.monotonic())):
+            piece = os.read(stdout.fileno(), _MOST_AT_ONCE)
+            *lines, rest = (rest + piece).split(b"\n") if piece else (rest, b"")
+            for said in filter(None, map(_said, lines)):
+                if isinstance(said.get("progress"), dict):
+                    progress(said["progress"])
+                else:
+                    ended = said
+                heard_at = time.monotonic()
+            if not piece:
+                return ended
+            if time.monotonic() - heard_at > silence_s:
+                break
+    raise TimeoutError
+
+
+def _said(line: bytes) -> Json | None:
+    """What a line says; None: it is a library that talks."""
+    try:
+        said = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return said if isinstance(said, dict) else None
 
 
 def _ending(code: int) -> str:

@@ -28,12 +28,14 @@ def state(write_log: Make, exchanges: Make) -> Path:
     return written
 
 
-def lesson(state: Path, base: Path, python: Path | None = None, *, unattended: bool = False) -> Lesson:
+def lesson(
+    state: Path, base: Path, python: Path | None = None, *, unattended: bool = False, **learning: Any
+) -> Lesson:
     settings = Settings.model_validate(
         {
             "state_dir": state,
             "teacher": {"trainable": True},
-            "learning": {"python": python},
+            "learning": {"python": python, **learning},
             "task": [
                 {
                     "name": "intents",
@@ -132,6 +134,21 @@ def test_what_failed_late_waits_unless_somebody_asks_or_something_changes(
     assert tried(unattended=True), "hardly more labels"
     write_log(exchanges([(f"is my card {i} here", "card") for i in range(150)], start=3_000_000.0))
     assert tried(unattended=True) == "", "labels have grown"
+
+
+def test_what_hangs_is_ended_and_waits_like_what_failed(
+    state: Path, encoder_base: Path, tmp_path: Path
+) -> None:
+    hangs = python(tmp_path, "exec sleep 600")
+    found = lesson(state, encoder_base, hangs, unattended=True, silence_s=0.5)
+    assert found.outcome == "held"
+    assert found.message == (
+        "no look was taken: encoder_training.py was ended: for 0.5 s it hadn't said how far it is, as one that has "
+        "hung; if this machine is so slow, raise learning.silence_s"
+    )
+    nothing_is_left(state)
+    again = lesson(state, encoder_base, hangs, unattended=True, silence_s=0.5)
+    assert "it is tried again in 60 minutes" in again.message
 
 
 def test_what_shows_at_once_is_tried_again_at_once(state: Path, encoder_base: Path, tmp_path: Path) -> None:

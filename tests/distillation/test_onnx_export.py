@@ -73,7 +73,7 @@ Export = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def export(torch_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """Export a folder; gives the last thing that was said, and the folder that was written as `out`."""
+    """Export a folder; gives the last thing said, the folder written as `out`, and the `stages` it went through."""
 
     def run(base: Path, **job: Any) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("export")
@@ -95,7 +95,7 @@ def export(torch_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Expo
             code = child.wait(timeout=100)
         assert all(set(one) == {"progress"} for one in said[:-1])
         assert code == (0 if "done" in said[-1] else 2)
-        return {**said[-1], "out": folder / "out"}
+        return {**said[-1], "out": folder / "out", "stages": [one["progress"]["stage"] for one in said[:-1]]}
 
     return run
 
@@ -142,6 +142,11 @@ class TestMiniLM:
         self, full: dict[str, Any], export: Export, minilm: Path
     ) -> None:
         small = export(minilm, precision="int8")
+        # Each of its longer steps is said, so that one that hangs can be told from one that is slow.
+        assert list(dict.fromkeys(small["stages"])) == [
+            "loading", "exporting", "comparing", "quantising", "quantising what is fused", "writing"
+        ]  # fmt: skip
+        assert small["stages"].count("comparing") > 10
         assert small["done"]["bytes"] < 0.3 * full["done"]["bytes"]
         ours, theirs = load(small["out"]), load(full["out"])
         assert not ours.batches

@@ -178,6 +178,45 @@ def test_much_that_is_said_beside_blocks_nobody(run: Run) -> None:
     assert done == {}
 
 
+SILENT = "for 1 s it hadn't said how far it is, as one that has hung; .* raise learning.silence_s"
+
+
+@pytest.mark.parametrize(
+    "hangs",
+    [
+        "import time; time.sleep(600)",
+        "while True: sys.stdout.write('a library tries again\\n'); sys.stdout.flush()",
+        "sys.stdout.write('a library without an end of its line'); sys.stdout.flush(); time.sleep(600)",
+        "print('{\"done\": {}}', flush=True); time.sleep(600)",
+        "print('{\"done\": {}}', flush=True); os.close(1); time.sleep(600)",
+        "subprocess.Popen(['sleep', '30'])",  # its child holds standard output, and says nothing either
+    ],
+    ids=["at once", "talking", "in a line", "at its end", "behind its end", "by its child"],
+)
+def test_what_hangs_is_ended(run: Run, tmp_path: Path, hangs: str) -> None:
+    pid = tmp_path / "pid"
+    text = (
+        "import subprocess, sys, time\nfrom pathlib import Path\n"
+        f"Path({str(pid)!r}).write_text(str(os.getpid()))\nprint('odd', file=sys.stderr, flush=True)\n{hangs}\n"
+    )
+    with pytest.raises(TrainingFailed, match=rf"^script\.py was ended: {SILENT}") as failed:
+        run(text, silence_s=1)
+    assert (
+        str(failed.value).endswith(": odd") or not pid.exists()
+    )  # a machine too slow to start it within a second
+    assert not pid.exists() or not Path(f"/proc/{pid.read_text()}").exists()
+
+
+def test_what_says_now_and_then_how_far_it_is_may_take_its_time(run: Run) -> None:
+    done = run(
+        "import json, time\n"
+        "for number in range(12): print(json.dumps({'progress': {}}), flush=True); time.sleep(0.5)\n"
+        "print(json.dumps({'done': {'whole': True}}), end='')\n",
+        silence_s=5,
+    )
+    assert done == {"whole": True}
+
+
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
 def test_it_ends_with_us(tmp_path: Path, by: signal.Signals) -> None:
     script, pid = tmp_path / "script.py", tmp_path / "pid"
