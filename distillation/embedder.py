@@ -8,14 +8,17 @@ A folder that holds such files is read as it is; of any other the training Pytho
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distillation.training_process import TrainingFailed, run_script
+from distillation.setback import Setback
+from distillation.training_process import NothingTrains, TrainingFailed, run_script
 from serving.disk import Disk
 from serving.encoder_folder import WEIGHTS, EmbedderFolder, UnfitEncoder
 from serving.engines import MODEL_FILE, TOKENIZER_FILE, Engines
@@ -54,10 +57,13 @@ def read_embedder(
     engines: Engines,
     progress: Callable[[str], None] = lambda _: None,
     disk: Disk | None = None,
+    *,
+    unattended: bool = False,
 ) -> SentenceEncoder:
     """The encoder in a folder; `progress` hears of what takes long.
 
-    An export that it holds is taken if it gives one embedding a text; many give one a token, and are made anew. Raises
+    An export that it holds is taken if it gives one embedding a text; many give one a token, and are made anew.
+    `unattended`: nobody is waiting for it, so that an export that failed isn't tried again soon. Raises
     UnfitEncoder, saying what to do, ConfigError where what runs it isn't installed, and OSError as the disk does.
     """
     found = EmbedderFolder.look_into(folder)
@@ -70,7 +76,7 @@ def read_embedder(
                 raise UnfitEncoder(f"student.embedder: the export in {folder} won't do: {error}") from error
     made = settings.state_dir / "embedders" / _checksum(folder)
     if not made.is_dir():
-        _make(folder, made, settings, progress, disk or Disk())
+        _make(folder, made, settings, progress, disk or Disk(), unattended)
     files = _read(made / MODEL_FILE, made / TOKENIZER_FILE)
     try:
         return SentenceEncoder(files, engines.text_model(files))
@@ -92,35 +98,64 @@ def _read(model: Path, tokenizer: Path) -> Mapping[str, bytes]:
     return files
 
 
-def _make(folder: Path, made: Path, settings: Settings, progress: Callable[[str], None], disk: Disk) -> None:
-    """Export it beside, and give it its name once it is whole. Whoever wants the same meanwhile waits, and gets it."""
+def _make(
+    folder: Path,
+    made: Path,
+    settings: Settings,
+    progress: Callable[[str], None],
+    disk: Disk,
+    unattended: bool,
+) -> None:
+    """Have it exported, if it isn't by now. Whoever wants the same meanwhile waits, and gets it.
+
+    Raises UnfitEncoder and OSError.
+    """
     disk.make_directory(made.parent)
     with locked(made.parent / ".lock"):
         if made.is_dir():
             return
-        work = made.with_name(_UNFINISHED)
-        shutil.rmtree(work, ignore_errors=True)  # of a process that died
-        work.mkdir()
+        setback = Setback.of_export(settings, made)
+        waits_s = setback.waits_s(now=time.time()) if unattended else 0.0
+        if waits_s > 0.0:
+            raise UnfitEncoder(
+                f"student.embedder: exporting {folder} failed, and it hasn't changed since; it is tried again in "
+                f"{math.ceil(waits_s / 60)} minutes, or now by `understudy learn`"
+            )
+        progress(f"exporting the sentence encoder in {folder}")
         try:
-            job = {
-                "base": str(folder.resolve()),
-                "out": str((work / "out").resolve()),
-                "gives": "embedding",
-                "precision": "fp32",
-                "threads": settings.learning.threads,
-            }
-            progress(f"exporting the sentence encoder in {folder}")
-            try:
-                run_script(_SCRIPT, job, settings, work, lambda _: None)
-            except TrainingFailed as error:
-                raise UnfitEncoder(f"student.embedder: {error}") from error
-            for name in (MODEL_FILE, TOKENIZER_FILE):
-                _sync(work / "out" / name, disk)
-            disk.sync_directory(work / "out")
-            disk.rename(work / "out", made)
-            disk.sync_directory(made.parent)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            _export(folder, made, settings, disk)
+        except NothingTrains as error:  # that was seen before it began
+            raise UnfitEncoder(f"student.embedder: {error}") from error
+        except TrainingFailed as error:
+            setback.failed()
+            raise UnfitEncoder(f"student.embedder: {error}") from error
+        except OSError:
+            setback.failed()
+            raise
+        setback.over()
+
+
+def _export(folder: Path, made: Path, settings: Settings, disk: Disk) -> None:
+    """Export it beside, and give it its name once it is whole. Raises TrainingFailed and OSError."""
+    work = made.with_name(_UNFINISHED)
+    shutil.rmtree(work, ignore_errors=True)  # of a process that died
+    work.mkdir()
+    try:
+        job = {
+            "base": str(folder.resolve()),
+            "out": str((work / "out").resolve()),
+            "gives": "embedding",
+            "precision": "fp32",
+            "threads": settings.learning.threads,
+        }
+        run_script(_SCRIPT, job, settings, work, lambda _: None)
+        for name in (MODEL_FILE, TOKENIZER_FILE):
+            _sync(work / "out" / name, disk)
+        disk.sync_directory(work / "out")
+        disk.rename(work / "out", made)
+        disk.sync_directory(made.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _sync(path: Path, disk: Disk) -> None:

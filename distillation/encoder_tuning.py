@@ -55,7 +55,7 @@ class FineTuning:
         self._settings = settings
         self._policy = policy
         self._engines = engines
-        self._setback = Setback(settings, policy)
+        self._setback = Setback.of_fine_tuning(settings, policy)
         self._unattended = unattended
 
     def __call__(

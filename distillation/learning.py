@@ -216,17 +216,19 @@ def _kind(settings: Settings, policy: TaskSettings, engines: Engines, unattended
         return EncoderKind(store, policy, tuning, ErasureStamp(settings.state_dir, policy.name), engines)
     if not policy.student.served:
         embedder = policy.student.embedder
-        load = None if embedder is None else partial(_load_encoder, settings, embedder, engines)
+        load = None if embedder is None else partial(_load_encoder, settings, embedder, engines, unattended)
         return LinearKind(store, policy, engines, load)
     from distillation.served_kind import ServedKind  # the HTTP client: imported only where a student is asked
 
     return ServedKind(settings, store, policy, engines)
 
 
-def _load_encoder(settings: Settings, folder: Path, engines: Engines, progress: Progress) -> SentenceEncoder:
+def _load_encoder(
+    settings: Settings, folder: Path, engines: Engines, unattended: bool, progress: Progress
+) -> SentenceEncoder:
     from distillation.embedder import read_embedder
 
-    return read_embedder(folder, settings, engines, progress)
+    return read_embedder(folder, settings, engines, progress, unattended=unattended)
 
 
 def _look(

@@ -1,17 +1,23 @@
-"""A fine-tuning that failed isn't tried again at once: it may have taken hours before the memory ran out.
+"""What took long and failed isn't tried again at once: a fine-tuning may take hours before the memory runs out.
 
-`state/tasks/<task>/setback.json` remembers when, on how many labels, and with which configuration. It is tried again
-after an hour, when the labels have grown by a quarter, when the configuration has changed, and whenever a person says
-so, whichever comes first.
+    state/tasks/<task>/setback.json           a fine-tuning
+    state/embedders/<checksum>.setback.json   exporting the sentence encoder of a folder with this checksum
+
+It remembers when, on how many labels, and with which configuration. It is tried again after an hour, when the labels
+have grown by a quarter, when the configuration, or what is to be exported, has changed, and whenever a person says so,
+whichever comes first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 
 import orjson
+from pydantic import BaseModel
 
 from serving.layout import task_directory
 from serving.settings import Settings
@@ -22,17 +28,29 @@ GROWN = 1.25
 
 
 class Setback:
-    """That of one task. Only who holds the task's learning lock may use it (`LookJournal.alone`)."""
+    """Whether the last try failed, in the file `path`; `asked` is all of the configuration that it depends on."""
 
-    def __init__(self, settings: Settings, policy: TaskSettings) -> None:
-        self._path = task_directory(settings.state_dir, policy.name) / "setback.json"
-        asked = [
-            part.model_dump_json() for part in (policy.student, settings.learning, settings.student.onnx)
-        ]
-        self._asked = hashlib.sha256("\n".join(asked).encode()).hexdigest()[:16]
+    def __init__(self, path: Path, asked: Iterable[BaseModel]) -> None:
+        self._path = path
+        dumped = "\n".join(part.model_dump_json() for part in asked)
+        self._asked = hashlib.sha256(dumped.encode()).hexdigest()[:16]
 
-    def failed(self, labels: int) -> None:
-        """Remember that it has failed just now; a disk that is full mustn't hide why."""
+    @classmethod
+    def of_fine_tuning(cls, settings: Settings, policy: TaskSettings) -> Setback:
+        """That of one task. Only who holds the task's learning lock may use it (`LookJournal.alone`)."""
+        path = task_directory(settings.state_dir, policy.name) / "setback.json"
+        return cls(path, (policy.student, settings.learning, settings.student.onnx))
+
+    @classmethod
+    def of_export(cls, settings: Settings, made: Path) -> Setback:
+        """That of an export which is to become the folder `made`. Only who holds the lock of exports may use it."""
+        return cls(made.with_name(f"{made.name}.setback.json"), (settings.learning,))
+
+    def failed(self, labels: int | None = None) -> None:
+        """Remember that it has failed just now; a disk that is full mustn't hide why.
+
+        `labels` is how many there were, where it depends on them.
+        """
         said = {"at": time.time(), "labels": labels, "asked": self._asked}
         with suppress(OSError):
             self._path.write_bytes(orjson.dumps(said))
@@ -42,15 +60,14 @@ class Setback:
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
 
-    def waits_s(self, labels: int, *, now: float) -> float:
+    def waits_s(self, labels: int | None = None, *, now: float) -> float:
         """How long it should wait yet with so many labels, in seconds; 0 too where what is remembered can't be read."""
         try:
             said = orjson.loads(self._path.read_bytes())
-            at, before, asked = float(said["at"]), int(said["labels"]), str(said["asked"])
+            at, asked = float(said["at"]), str(said["asked"])
+            grown = labels is not None and labels >= GROWN * int(said["labels"])
         except (OSError, KeyError, TypeError, ValueError):
             return 0.0
-        if (
-            asked != self._asked or labels >= GROWN * before or at > now
-        ):  # the clock was set back, or anything else
+        if asked != self._asked or grown or at > now:  # the clock was set back, or anything else
             return 0.0
         return max(0.0, at + AGAIN_AFTER_S - now)

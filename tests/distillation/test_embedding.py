@@ -198,8 +198,8 @@ def test_a_candidate_of_before_a_setting_stays(write_log: Make, exchanges: Make,
 class TestFolders:
     """What `student.embedder` may name, and what is said of what it may not."""
 
-    def held(self, write_log: Make, exchanges: Make, folder: Path, python: Path | None = None) -> str:
-        found = lesson(settings(write_log(exchanges(messages(80))), folder, python))
+    def held(self, write_log: Make, exchanges: Make, folder: Path) -> str:
+        found = lesson(settings(write_log(exchanges(messages(80))), folder))
         assert (found.outcome, found.release) == ("held", None)
         return found.message
 
@@ -242,9 +242,55 @@ class TestFolders:
         (embedder / "model.onnx").unlink()
         (embedder / "config.json").write_text("{}")
         (embedder / "pytorch_model.bin").write_bytes(b"")
-        said = self.held(write_log, exchanges, embedder, python=Path("/nowhere/python"))
-        assert "/nowhere/python can't be run" in said
-        assert "learning.python" in said
+        configured = settings(write_log(exchanges(messages(80))), embedder, Path("/nowhere/python"))
+        for _ in range(2):  # that shows at once, so that it may be tried each time
+            (found,) = learn(configured, "intents", unattended=True)
+            assert found.outcome == "held"
+            assert "/nowhere/python can't be run" in found.message
+            assert "learning.python" in found.message
+
+
+def exportable(tmp_path: Path) -> Path:
+    """A folder with a model that has to be exported, by its looks."""
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    return folder
+
+
+def test_an_export_that_failed_waits_unless_somebody_asks_or_something_changes(
+    write_log: Make, exchanges: Make, tmp_path: Path
+) -> None:
+    folder, starts, python = exportable(tmp_path), tmp_path / "starts", tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho x >> {starts}; kill -9 $$\n")
+    python.chmod(0o755)
+    configured = settings(write_log(exchanges(messages(80))), folder, python)
+
+    def tried(*, unattended: bool = False, configured: Settings = configured) -> str:
+        """What is said, if it wasn't tried."""
+        before = starts.read_text() if starts.exists() else ""
+        (found,) = learn(configured, "intents", unattended=unattended)
+        assert found.outcome == "held"
+        return "" if starts.exists() and starts.read_text() != before else found.message
+
+    assert tried(unattended=True) == "", "the first time"
+    assert tried(unattended=True) == (
+        f"no look was taken: student.embedder: exporting {folder} failed, and it hasn't changed since; it is tried "
+        "again in 60 minutes, or now by `understudy learn`"
+    )
+    assert tried() == "", "a person asks"
+    (setback,) = (configured.state_dir / "embedders").glob("*.setback.json")
+    setback.write_bytes(orjson.dumps({**orjson.loads(setback.read_bytes()), "at": 0}))
+    assert tried(unattended=True) == "", "an hour has passed"
+    assert tried(unattended=True), "and waits again"
+    (folder / "config.json").write_text('{"mended": true}')
+    assert tried(unattended=True) == "", "the folder has changed"
+    assert tried(unattended=True)
+    patient = LearningSettings(python=python, interval_s=0, silence_s=9000)
+    changed = configured.model_copy(update={"learning": patient})
+    assert tried(unattended=True, configured=changed) == "", "the configuration has changed"
 
 
 @pytest.mark.parametrize("admission", ["looks", "e-process"])
