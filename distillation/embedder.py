@@ -1,35 +1,31 @@
 """The sentence encoder that `student.embedder` names, as the two files that a release holds of it.
 
-A folder that holds such files is read as it is; of any other the training Python makes them once, and they stay:
-
-    state/embedders/<checksum of the folder>/{model.onnx, tokenizer.json}
+A folder that holds such files is read as it is; of any other the training Python makes them once, and they stay
+(distillation/embedder_exports.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distillation.embedder_exports import EmbedderExports, read_export
 from distillation.setback import Setback
 from distillation.training_process import NothingTrains, TrainingFailed, run_script
 from serving.disk import Disk
 from serving.encoder_folder import WEIGHTS, EmbedderFolder, UnfitEncoder
-from serving.engines import MODEL_FILE, TOKENIZER_FILE, Engines
+from serving.engines import TOKENIZER_FILE, Engines
 from serving.errors import DamagedRelease
-from serving.file_lock import locked
 from serving.settings import Settings
 
 if TYPE_CHECKING:
     from serving.text_model import TextModel  # an extra: imported only where a model is loaded
 
-_UNFINISHED = ".making"
 _SCRIPT = Path(__file__).with_name("onnx_export.py")
 _OF_AN_EMBEDDING = (
     "config.json",
@@ -68,53 +64,42 @@ def read_embedder(
     """
     found = EmbedderFolder.look_into(folder)
     if found.export is not None:
-        exported = _read(*found.export)
+        held = read_export(*found.export)
         try:
-            return SentenceEncoder(exported, engines.text_model(exported))
+            return SentenceEncoder(held, engines.text_model(held))
         except DamagedRelease as error:
             if not found.exportable:
                 raise UnfitEncoder(f"student.embedder: the export in {folder} won't do: {error}") from error
-    made = settings.state_dir / "embedders" / _checksum(folder)
-    if not made.is_dir():
-        _make(folder, made, settings, progress, disk or Disk(), unattended)
-    files = _read(made / MODEL_FILE, made / TOKENIZER_FILE)
+    exports = EmbedderExports(settings.state_dir, disk or Disk())
+    # It may have gone before it is read: another learner has seen by then that the folder has changed.
+    while (files := exports.read(checksum := _checksum(folder))) is None:
+        _make(folder, checksum, exports, settings, progress, unattended)
+    exports.used(folder, checksum)
     try:
         return SentenceEncoder(files, engines.text_model(files))
     except DamagedRelease as error:
         raise UnfitEncoder(
-            f"student.embedder: what was exported of {folder} is damaged: {error}; remove {made}, and it is made anew"
+            f"student.embedder: what was exported of {folder} is damaged: {error}; remove "
+            f"{exports.path(checksum)}, and it is made anew"
         ) from error
-
-
-def _read(model: Path, tokenizer: Path) -> Mapping[str, bytes]:
-    files = {}
-    for name, path in ((MODEL_FILE, model), (TOKENIZER_FILE, tokenizer)):
-        try:
-            files[name] = path.read_bytes()
-        except OSError as error:
-            raise UnfitEncoder(
-                f"student.embedder: {path} can't be read ({error.strerror}): copy or export it again"
-            ) from error
-    return files
 
 
 def _make(
     folder: Path,
-    made: Path,
+    checksum: str,
+    exports: EmbedderExports,
     settings: Settings,
     progress: Callable[[str], None],
-    disk: Disk,
     unattended: bool,
 ) -> None:
     """Have it exported, if it isn't by now. Whoever wants the same meanwhile waits, and gets it.
 
     Raises UnfitEncoder and OSError.
     """
-    disk.make_directory(made.parent)
-    with locked(made.parent / ".lock"):
-        if made.is_dir():
+    with exports.alone():
+        if exports.path(checksum).is_dir():
             return
-        setback = Setback.of_export(settings, made)
+        setback = Setback.of_export(settings, exports.setback_of(folder), checksum)
         waits_s = setback.waits_s(now=time.time()) if unattended else 0.0
         if waits_s > 0.0:
             raise UnfitEncoder(
@@ -123,7 +108,7 @@ def _make(
             )
         progress(f"exporting the sentence encoder in {folder}")
         try:
-            _export(folder, made, settings, disk)
+            _export(folder, checksum, exports, settings)
         except NothingTrains as error:  # that was seen before it began
             raise UnfitEncoder(f"student.embedder: {error}") from error
         except TrainingFailed as error:
@@ -135,35 +120,23 @@ def _make(
         setback.over()
 
 
-def _export(folder: Path, made: Path, settings: Settings, disk: Disk) -> None:
-    """Export it beside, and give it its name once it is whole. Raises TrainingFailed and OSError."""
-    work = made.with_name(_UNFINISHED)
-    shutil.rmtree(work, ignore_errors=True)  # of a process that died
-    work.mkdir()
-    try:
+def _export(folder: Path, checksum: str, exports: EmbedderExports, settings: Settings) -> None:
+    """Export it. Raises TrainingFailed, UnfitEncoder and OSError."""
+    with exports.workplace() as work:
+        out = work / "out"
         job = {
             "base": str(folder.resolve()),
-            "out": str((work / "out").resolve()),
+            "out": str(out.resolve()),
             "gives": "embedding",
             "precision": "fp32",
             "threads": settings.learning.threads,
         }
         run_script(_SCRIPT, job, settings, work, lambda _: None)
-        for name in (MODEL_FILE, TOKENIZER_FILE):
-            _sync(work / "out" / name, disk)
-        disk.sync_directory(work / "out")
-        disk.rename(work / "out", made)
-        disk.sync_directory(made.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _sync(path: Path, disk: Disk) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        disk.sync(fd)
-    finally:
-        os.close(fd)
+        if _checksum(folder) != checksum:
+            raise UnfitEncoder(
+                f"student.embedder: {folder} has changed while it was exported; it is exported anew the next time"
+            )
+        exports.put(out, folder, checksum)
 
 
 def _checksum(folder: Path) -> str:

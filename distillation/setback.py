@@ -1,7 +1,7 @@
 """What took long and failed isn't tried again at once: a fine-tuning may take hours before the memory runs out.
 
-    state/tasks/<task>/setback.json           a fine-tuning
-    state/embedders/<checksum>.setback.json   exporting the sentence encoder of a folder with this checksum
+    state/tasks/<task>/setback.json         a fine-tuning
+    state/embedders/<folder>.setback.json   exporting the sentence encoder in a folder
 
 It remembers when, on how many labels, and with which configuration. It is tried again after an hour, when the labels
 have grown by a quarter, when the configuration, or what is to be exported, has changed, and whenever a person says so,
@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import orjson
-from pydantic import BaseModel
 
 from serving.layout import task_directory
 from serving.settings import Settings
@@ -28,23 +26,23 @@ GROWN = 1.25
 
 
 class Setback:
-    """Whether the last try failed, in the file `path`; `asked` is all of the configuration that it depends on."""
+    """Whether the last try failed, in the file `path`; `asked` is all it depends on, but for the labels."""
 
-    def __init__(self, path: Path, asked: Iterable[BaseModel]) -> None:
+    def __init__(self, path: Path, *asked: str) -> None:
         self._path = path
-        dumped = "\n".join(part.model_dump_json() for part in asked)
-        self._asked = hashlib.sha256(dumped.encode()).hexdigest()[:16]
+        self._asked = hashlib.sha256("\n".join(asked).encode()).hexdigest()[:16]
 
     @classmethod
     def of_fine_tuning(cls, settings: Settings, policy: TaskSettings) -> Setback:
         """That of one task. Only who holds the task's learning lock may use it (`LookJournal.alone`)."""
         path = task_directory(settings.state_dir, policy.name) / "setback.json"
-        return cls(path, (policy.student, settings.learning, settings.student.onnx))
+        asked = (policy.student, settings.learning, settings.student.onnx)
+        return cls(path, *(part.model_dump_json() for part in asked))
 
     @classmethod
-    def of_export(cls, settings: Settings, made: Path) -> Setback:
-        """That of an export which is to become the folder `made`. Only who holds the lock of exports may use it."""
-        return cls(made.with_name(f"{made.name}.setback.json"), (settings.learning,))
+    def of_export(cls, settings: Settings, path: Path, checksum: str) -> Setback:
+        """That of exporting a folder with this checksum. Only who is alone with the exports may use it."""
+        return cls(path, checksum, settings.learning.model_dump_json())
 
     def failed(self, labels: int | None = None) -> None:
         """Remember that it has failed just now; a disk that is full mustn't hide why.

@@ -363,7 +363,7 @@ def test_a_real_sentence_encoder(write_log: Make, exchanges: Make, torch_python:
     state = write_log(exchanges(lines))
     configured = settings(state, minilm, torch_python)
     assert lesson(configured).release == "r0001"
-    (made,) = [path for path in (state / "embedders").iterdir() if not path.name.startswith(".")]
+    (made,) = [path for path in (state / "embedders").iterdir() if path.is_dir()]
     at = made.stat().st_mtime_ns
     write_log(exchanges([(f"{text}!", answer) for text, answer in lines * 1], start=2_000_000.0))
     again = settings(state, minilm, Path("/nowhere/python"))
