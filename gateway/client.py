@@ -50,7 +50,8 @@ class Client:
         self.failure: str | None = None
         state = scope.get("state", {})
         self.departure: Departure | None = state.get(departure.STATE_KEY)
-        self._delivery: Delivery | None = state.get(delivery.STATE_KEY)
+        # Taken out: it knows whose scope this is, and a circle, with all in it, waits for the garbage collector.
+        self._delivery: Delivery | None = state.pop(delivery.STATE_KEY, None)
         self._head: list[tuple[bytes, bytes]] = []
         self._receive = receive
         self._send = send

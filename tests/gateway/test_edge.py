@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import select
 import socket
@@ -14,7 +15,11 @@ from typing import Any
 import pytest
 
 from gateway.app import create_app
+from gateway.client import Client
+from gateway.delivery import Delivery
+from gateway.departure import Departure
 from gateway.edge import HEAD_BYTES, MOST_HEADERS, SLOWEST_BYTES_S
+from gateway.turn import Turn
 from gateway.worker import Beat, Worker
 from serving.learning_settings import LearningSettings
 from serving.server_settings import ServerSettings
@@ -23,6 +28,7 @@ from serving.teacher_settings import TeacherSettings
 
 Start = Callable[..., Any]
 BODY = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hello"}]}).encode()
+STREAMED = BODY[:-1] + b', "stream": true}'
 CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nhost: gateway\r\n"
 
 
@@ -122,6 +128,36 @@ def test_what_is_sound_is_answered_and_the_connection_kept(connect: Start) -> No
     plain = b"content-length: %d\r\n\r\n%s" % (len(BODY), BODY)
     connection.sendall(CHAT + plain + CHAT + chunked + CHAT + b"connection: close\r\n" + plain)
     assert [status for status, _, _ in answers(everything(connection))] == [200, 200, 200]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        CHAT + b"content-length: %d\r\n\r\n%s" % (len(BODY), BODY),
+        CHAT + b"content-length: %d\r\n\r\n%s" % (len(STREAMED), STREAMED),
+        CHAT + b"content-length: 2\r\n\r\n[]",
+        b"GET /v1/models HTTP/1.1\r\nhost: gateway\r\n\r\n",
+    ],
+    ids=["whole", "streamed", "refused", "passed on"],
+)
+def test_what_a_request_leaves_behind_goes_without_the_garbage_collector(
+    connect: Start, request_: bytes, eventually: Start
+) -> None:
+    connection = connect()
+    gc.collect()
+    gc.disable()  # a circle would stay
+    try:
+        connection.sendall(9 * request_)
+        connection.sendall(request_.replace(b"host: gateway", b"host: gateway\r\nconnection: close"))
+        assert everything(connection).count(b"HTTP/1.1 ") == 10
+        eventually(lambda: left_of_requests() == [])
+    finally:
+        gc.enable()
+
+
+def left_of_requests() -> list[str]:
+    kinds = Client | Delivery | Departure | Turn
+    return [type(one).__name__ for one in gc.get_objects() if isinstance(one, kinds)]
 
 
 AMBIGUOUS = {
