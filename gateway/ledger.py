@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import logging
 import time
@@ -57,7 +56,7 @@ class Ledger:
         """Note what has come of the student's answer so far, and what it cost. May be told again as it grows."""
         usd = self._student_took(turn, answer)
         if answer.choices:
-            turn.student = dataclasses.replace(answer, cost_usd=usd)
+            turn.student = answer.priced(usd)
 
     def _student_took(self, turn: Turn, answer: StudentAnswer) -> float:
         """Count what the student has done for the request since this was last asked; what it cost so far in all."""
@@ -145,7 +144,7 @@ class Ledger:
     def completed(self, turn: Turn, answer: StudentAnswer) -> None:
         """Note what a student has come to whose answer wasn't waited for; one that broke off only costs."""
         known = turn.student_usd or 0.0
-        student = dataclasses.replace(answer, cost_usd=self._student_took(turn, answer))
+        student = answer.priced(self._student_took(turn, answer))
         usd = (student.cost_usd or 0.0) - known
         self._metrics.record_late_cost(turn.task, turn.route, usd)
         told = turn.storable and answer.complete

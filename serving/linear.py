@@ -24,10 +24,14 @@ from serving.exchange import Json, StudentAnswer
 from serving.regression import Floats, Regression, check_floats
 from serving.sight import Sees, seen_text, unsupported
 from serving.term_columns import TermColumns
+from serving.text_terms import MAX_CHARACTERS
 
 ARRAYS_FILE = "student.npz"
 MODEL = "linear"
 """The name under which its answers are logged."""
+
+_DAMPED: Floats = np.log(np.arange(20 * MAX_CHARACTERS, dtype=np.float32).clip(1.0)) + np.float32(1.0)
+"""1 + ln(n) of how often a term occurs. Unicode's normal form makes up to 18 characters of one (U+FDFA)."""
 
 
 class LinearStudent:
@@ -64,8 +68,7 @@ class LinearStudent:
 
     def _logits(self, text: str) -> Floats:
         index, count, words = self._columns.count(text)
-        values: Floats = np.log(count.astype(np.float32))
-        values += 1.0
+        values: Floats = _DAMPED.take(count)
         values *= self._idf.take(index)
         # Two blocks of unit length each, then the whole: 1/√2.
         for block in (values[:words], values[words:]):

@@ -138,6 +138,8 @@ class _Rates:
 
     def cost(self, tokens: _Tokens) -> float:
         size = tokens.input
+        if not (tokens.cached or tokens.audio_in or tokens.audio_out):
+            return size * self.input.at(size) + tokens.output * self.output.at(size) + self.request
         return (
             (size - tokens.cached - tokens.audio_in) * self.input.at(size)
             + tokens.cached * self.cached.at(size)

@@ -17,6 +17,10 @@ _LONGEST_REMEMBERED = 32
 
 Columns = NDArray[np.intc]
 
+_PLACES: Columns = np.arange(4096, dtype=np.intc)
+"""0, 1, 2, …: enough for most texts, and made once. `arange` takes as long as all the counting."""
+_PLACES.setflags(write=False)
+
 
 class TermColumns:
     """A vocabulary of distinct terms, the `words` word terms before those of characters.
@@ -46,14 +50,15 @@ class TermColumns:
             recall(chunk) if len(chunk) <= _LONGEST_REMEMBERED else work_out(chunk) for chunk in chunks
         ]
         occurring = np.frombuffer(b"".join([of_words.tobytes(), *of_pieces]), dtype=np.intc)
-        place = np.arange(len(occurring), dtype=np.intc)
+        size = len(occurring)
+        place = _PLACES[:size] if size <= len(_PLACES) else np.arange(size, dtype=np.intc)
         # Of a column that is set several times the last one stays: backwards, that is where it occurs first.
         first_of = np.empty(self._size, dtype=np.intc)
         first_of[occurring[::-1]] = place[::-1]
         first = first_of.take(occurring)
-        is_first = first == place
-        times = np.bincount(first, minlength=len(place))
-        return occurring[is_first], times[is_first], len(set(of_words))
+        kept = (first == place).nonzero()[0]
+        times = np.bincount(first, minlength=size)
+        return occurring.take(kept), times.take(kept), len(set(of_words))
 
 
 def _columns_of(pieces_at: Mapping[str, int], chunk: str) -> bytes:

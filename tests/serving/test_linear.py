@@ -191,6 +191,12 @@ class TestPredict:
         assert time.thread_time() - began < 1.0
         assert student.answers[prediction.index].key == "lost"
 
+    def test_a_term_may_come_as_often_as_unicode_can_make_it(self) -> None:
+        fitted, _ = train([("\ufdfa", "a"), ("ab ab", "b")])  # one character, eighteen in normal form
+        often, more_often = fitted.predict("\ufdfa" * 2000), fitted.predict("\ufdfa" * 4000)
+        assert (often.index, more_often.index) == (0, 0)
+        assert math.isfinite(more_often.score)
+
     def test_nothing_known_leaves_the_intercept(self) -> None:
         nothing = LinearStudent(
             vocabulary=["card"],

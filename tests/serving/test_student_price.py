@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from pydantic import ValidationError
 
-from serving.exchange import StudentAnswer
+from serving.exchange import STUDENT_FIELDS, StudentAnswer
 from serving.student_choice import StudentChoice
 from serving.student_price import StudentPrices
 from serving.student_settings import StudentSettings, VllmSettings
@@ -14,6 +16,7 @@ from serving.teacher_settings import Price
 PRICES = StudentPrices(StudentSettings(usd_per_hour=0.36))
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010}
 ANSWER = StudentAnswer("small", [{"index": 0}], USAGE, 2.0, 1.0, device_s=0.5)
+PLAIN = StudentAnswer("", [], None, 0.0, 0.0)
 LM = StudentChoice(kind="lm", base_url="http://gpu:8000/v1", model="small")
 SERVER = LM.model_copy(update={"usd_per_hour": 7.2})
 BILLED = LM.model_copy(update={"price": Price(input=1.0, output=5.0)})
@@ -33,6 +36,12 @@ def test_one_on_a_vllm_of_ours_costs_what_that_does() -> None:
     assert prices.usd(ANSWER, "lm", LM) == pytest.approx(0.5 * 0.36 / 3600), "it names a server of its own"
     assert prices.usd(ANSWER, "lm", SERVER.model_copy(update={"base_url": None})) == pytest.approx(1e-3)
     assert prices.usd(ANSWER, "linear", StudentChoice()) == pytest.approx(0.5 * 0.36 / 3600)
+
+
+def test_an_answer_that_is_priced_is_the_same_but_for_that() -> None:
+    whole = StudentAnswer("m", [{}], USAGE, 2.0, 1.0, None, {"a": 1.0}, [{"tokens": 1}], False, 0.5, USAGE)
+    assert all(getattr(whole, name) != getattr(PLAIN, name) for name in STUDENT_FIELDS if name != "cost_usd")
+    assert whole.priced(0.25) == dataclasses.replace(whole, cost_usd=0.25)
 
 
 def test_where_that_was_not_measured_it_costs_as_long_as_it_took() -> None:
