@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -57,6 +58,13 @@ class Ledger:
         usd = self._student_took(turn, answer)
         if answer.choices:
             turn.student = answer.priced(usd)
+
+    def student_failed(self, turn: Turn, seconds: float) -> None:
+        """Note for how long what the student runs on was at an answer that came to nothing: it costs all the same."""
+        nothing = StudentAnswer(
+            "", choices=[], usage=None, latency_s=seconds, score=-math.inf, complete=False, device_s=seconds
+        )
+        self._student_took(turn, nothing)
 
     def _student_took(self, turn: Turn, answer: StudentAnswer) -> float:
         """Count what the student has done for the request since this was last asked; what it cost so far in all."""

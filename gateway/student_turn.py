@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 from gateway import names
 from gateway.committed_stream import CommittedStream
@@ -68,7 +69,7 @@ class StudentTurn:
                     foreseen(turn)
             stream = release.student.stream(seen)
             if stream is None:
-                answer = await release.student.answer(seen)
+                answer = await release.student.answer(seen, failed=partial(self._ledger.student_failed, turn))
                 key = release.comparison.key(answer.choices)
                 decision = release.router.decide(answer.score, answer.signals, key)
                 self._ledger.student_said(turn, answer)

@@ -20,6 +20,7 @@ from serving.estimate import unfinished_usage
 from serving.exchange import Json, StudentAnswer
 from serving.pool import served_at
 from serving.sight import seen_text, unsupported
+from serving.student import Failed, unheard
 from serving.student_server import Served, StudentBroken
 
 _CLASSIFY = "/classify"
@@ -70,21 +71,20 @@ class ClassifyStudent:
         """The feature of `request` that a classifier can't serve, or None."""
         return unsupported(request, self.plan.sees)
 
-    async def answer(self, request: Json) -> StudentAnswer:
+    async def answer(self, request: Json, *, failed: Failed = unheard) -> StudentAnswer:
         """The answer to a supported request. Raises UpstreamBroken (StudentBroken among them) or UpstreamTimeout."""
         began = time.perf_counter()
         share = self._server.device.begin()
         self._asked += 1
         try:
-            async with asyncio.timeout(self.patience_s):
-                raw = await self._classified(seen_text(request, self.plan.sees))
-        except TimeoutError:
-            raise UpstreamTimeout(f"the student didn't answer within {self.patience_s:g} s") from None
+            found = await self._found(seen_text(request, self.plan.sees))
+        except BaseException:  # a cancellation, too: the server was at it
+            share.end()
+            failed(share.seconds)
+            raise
         finally:
             self._asked -= 1
             share.end()
-        found = Classification.read(raw)
-        self._check(found)
         return StudentAnswer(
             model=self.plan.model,
             choices=[
@@ -112,6 +112,16 @@ class ClassifyStudent:
     async def aclose(self) -> None:
         """Close every connection."""
         await self._server.aclose()
+
+    async def _found(self, text: str) -> Classification:
+        try:
+            async with asyncio.timeout(self.patience_s):
+                raw = await self._classified(text)
+        except TimeoutError:
+            raise UpstreamTimeout(f"the student didn't answer within {self.patience_s:g} s") from None
+        found = Classification.read(raw)
+        self._check(found)
+        return found
 
     async def _classified(self, text: str) -> bytes:
         try:

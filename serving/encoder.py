@@ -15,6 +15,7 @@ from serving.engines import MODEL_FILE, TOKENIZER_FILE, Engines
 from serving.errors import DamagedRelease
 from serving.exchange import Json, StudentAnswer
 from serving.sight import Sees, seen_text, unsupported
+from serving.student import Failed, unheard
 from serving.tested_on import tested_on
 from serving.text_thread import LIMIT, TextThread
 
@@ -97,7 +98,7 @@ class EncoderStudent:
         """The feature of `request` this student can't serve, or None. How long it is turns out when it is read."""
         return unsupported(request, self._space.sees)
 
-    async def answer(self, request: Json) -> StudentAnswer:
+    async def answer(self, request: Json, *, failed: Failed = unheard) -> StudentAnswer:
         """Answer a supported request. Raises StudentBusy, TextTooLong, UnreadableText, and what the model raises."""
         began = time.perf_counter()
         read = await self._texts.read(seen_text(request, self._space.sees))

@@ -10,7 +10,7 @@ from serving.breaker import Breaker
 from serving.closed_answers import TextTooLong
 from serving.errors import UnderstudyError
 from serving.exchange import Json, StudentAnswer
-from serving.student import CommitPlan, Piece, Student, StudentStream
+from serving.student import CommitPlan, Failed, Piece, Student, StudentStream, unheard
 from serving.student_server import StudentRefused
 from serving.text_thread import StudentBusy
 
@@ -43,16 +43,16 @@ class GuardedStudent:
         """As the student says."""
         return self._student.unsupported(request)
 
-    async def answer(self, request: Json) -> StudentAnswer:
+    async def answer(self, request: Json, *, failed: Failed = unheard) -> StudentAnswer:
         """Return the student's answer. Raises StudentUnavailable, and whatever the student raises."""
         breaker = self._breaker
         ticket = _enter(breaker)
         try:
             if self.patience_s == math.inf:
-                answer = await self._student.answer(request)
+                answer = await self._student.answer(request, failed=failed)
             else:
                 async with asyncio.timeout(self.patience_s):
-                    answer = await self._student.answer(request)
+                    answer = await self._student.answer(request, failed=failed)
         except TimeoutError:
             breaker.failed(ticket)
             raise StudentUnavailable(f"it gave no answer within {self.patience_s:g} s") from None

@@ -23,7 +23,7 @@ from serving.pool import served_at
 from serving.pool_adapters import PoolAdapterLoading
 from serving.sampled_stream import SampledStream
 from serving.server_record import Asking, ServerRecord
-from serving.student import StudentStream
+from serving.student import Failed, StudentStream, unheard
 from serving.student_server import Served, StudentBroken
 from serving.tally import Metering, Tally
 from serving.upstream import UpstreamResponse
@@ -107,7 +107,7 @@ class LmStudent:
         """The feature of `request` that isn't left to a student, or that its server refused just now, or None."""
         return unsupported(request) or ("refused" if self.record.refuses(request) else None)
 
-    async def answer(self, request: Json) -> StudentAnswer:
+    async def answer(self, request: Json, *, failed: Failed = unheard) -> StudentAnswer:
         """The whole answer to a supported request. Raises UpstreamBroken or UpstreamTimeout."""
         stream = self.stream(request)
         try:
@@ -119,7 +119,10 @@ class LmStudent:
             raise UpstreamTimeout(f"the student's answer wasn't whole after {self.patience_s:g} s") from None
         finally:
             await stream.aclose()
-        return stream.answer()
+            answer = stream.answer()
+            if not answer.complete:
+                failed(answer.took_s)
+        return answer
 
     def stream(self, request: Json) -> StudentStream:
         """The same while it is made: from the beginning of the iteration on."""

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from serving.exchange import Json, StudentAnswer
+
+Failed = Callable[[float], None]
+"""Hears the seconds that what a student runs on was at an answer that came to nothing."""
+
+
+def unheard(seconds: float) -> None:
+    """Nobody counts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +94,12 @@ class Student(Protocol):
         """The feature of `request` this student was not made for (`tools`, `turns`, `content`, `n`, …), or None."""
         ...
 
-    async def answer(self, request: Json) -> StudentAnswer:
-        """Answer a supported request. Any exception means: ask the teacher."""
+    async def answer(self, request: Json, *, failed: Failed = unheard) -> StudentAnswer:
+        """Answer a supported request. Any exception means: ask the teacher.
+
+        `failed` hears before that, also of one that is broken off, for how long what the student runs on was at it:
+        what comes to nothing costs as well. As far as that is known: of a student in process it isn't.
+        """
         ...
 
     def stream(self, request: Json) -> StudentStream | None:

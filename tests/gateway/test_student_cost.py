@@ -13,6 +13,7 @@ import pytest
 from routers.confidence import Confidence
 from routers.meter import TokenMeter
 from routers.router import Router
+from serving.classify_plan import ClassifyPlan
 from serving.lm import LmStudent
 from serving.lm_plan import LmPlan
 from serving.recording import Recorded, Recording
@@ -91,6 +92,49 @@ def test_one_of_which_nothing_came_in_time_costs_what_it_took(live: Start) -> No
     assert exchange.student is None
     assert exchange.cost_usd > exchange.teacher.cost_usd + 0.4
     assert running.metric("understudy_student_device_seconds_total", task="intents") > 0.4
+    assert running.metric("understudy_student_answers_total", task="intents") == 0
+
+
+WORKS_S = 0.3
+
+
+@pytest.mark.parametrize(
+    ("answer", "timeout_s", "reason"),
+    [
+        ((500, {"error": {"message": "out of memory"}}), 30.0, "student_error"),
+        ((200, b"<html>"), 30.0, "student_error"),
+        ([0.5, 0.5, 0.5], 30.0, "student_error"),
+        ((400, {"error": {"message": "the text is too long"}}), 30.0, "unsupported:refused"),
+        ([0.1, 0.9], 0.2, "student_error"),
+    ],
+    ids=["an error", "nonsense", "no probabilities", "a refusal", "nothing in time"],
+)
+def test_a_classification_that_came_to_nothing_costs_what_it_took(
+    classifier: Start,
+    stand_in: Start,
+    gateway: Start,
+    tmp_path: Path,
+    answer: Any,
+    timeout_s: float,
+    reason: str,
+) -> None:
+    def classify(text: str) -> Any:
+        time.sleep(WORKS_S)
+        return answer
+
+    plan = ClassifyPlan(classifier(classify, ("card", "loan")), "bert", timeout_s=timeout_s)
+    store = ReleaseStore(tmp_path / "state")
+    files = {**plan.files(), "router.json": ROUTER.dump()}
+    store.set_live("intents", store.write("intents", files, {"student": "encoder"}))
+    choice = {"kind": "encoder", "base_url": plan.base_url, "model": "bert", "usd_per_hour": USD_PER_HOUR}
+    task = {"name": "intents", "match": {"model": "intents"}, "student": choice, "audit_rate": 1e-9}
+    running = gateway(stand_in({}, model="big", default="the teacher's").url, task=[task])
+    running.post(json=body("hello"), timeout=60).raise_for_status()
+    (exchange,) = running.exchanges()
+    assert (exchange.route, exchange.reason, exchange.student) == ("teacher", reason, None)
+    took_s = running.metric("understudy_student_device_seconds_total", task="intents")
+    assert took_s >= min(WORKS_S, timeout_s) * 0.99
+    assert exchange.cost_usd == pytest.approx(exchange.teacher.cost_usd + took_s)
     assert running.metric("understudy_student_answers_total", task="intents") == 0
 
 

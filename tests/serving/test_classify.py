@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,6 +93,49 @@ def test_what_is_no_answer_is_an_error(classifier: Start, made: Any, said: str) 
     with pytest.raises(StudentBroken, match=said) as caught:
         ask(classifier(lambda _: made, LABELS), "hello")
     assert not isinstance(caught.value, StudentRefused)
+
+
+@pytest.mark.parametrize(
+    "made", [(500, b"dead"), (400, b"too long"), (200, b"<html>"), [0.5, 0.5, 0.5], SURE]
+)
+def test_what_fails_says_how_long_its_server_was_at_it(classifier: Start, made: Any) -> None:
+    async def took() -> list[float]:
+        heard: list[float] = []
+        student = ClassifyStudent.of(ClassifyPlan(classifier(lambda _: made, LABELS), "bert"))
+        with contextlib.suppress(StudentBroken):
+            await student.answer(asking("hello"), failed=heard.append)
+        await student.aclose()
+        return heard
+
+    heard = asyncio.run(took())
+    assert len(heard) == (made is not SURE)
+    assert all(0.0 < seconds < 60.0 for seconds in heard)
+
+
+def test_one_that_is_broken_off_says_so_too(classifier: Start) -> None:
+    asked, answers = threading.Event(), threading.Event()
+
+    def classify(_: str) -> list[float]:
+        asked.set()
+        answers.wait(60)
+        return SURE
+
+    async def took() -> list[float]:
+        heard: list[float] = []
+        student = ClassifyStudent.of(ClassifyPlan(classifier(classify, LABELS), "bert"))
+        asking_it = asyncio.create_task(student.answer(asking("hello"), failed=heard.append))
+        await asyncio.to_thread(asked.wait, 60)
+        asking_it.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking_it
+        await student.aclose()
+        return heard
+
+    try:
+        (seconds,) = asyncio.run(took())
+    finally:
+        answers.set()
+    assert seconds > 0.0
 
 
 def test_a_text_that_is_too_long_is_refused(classifier: Start) -> None:

@@ -9,6 +9,7 @@ import pytest
 from serving.breaker import Breaker
 from serving.exchange import Json, StudentAnswer
 from serving.guarded_student import GuardedStudent, StudentUnavailable
+from serving.student import Failed, unheard
 
 ANSWER = StudentAnswer("s", [{"index": 0, "message": {"role": "assistant", "content": "x"}}], None, 0.1, 1.0)
 
@@ -31,10 +32,13 @@ class Moody:
     def unsupported(self, request: Json) -> str | None:
         return "tools" if "tools" in request else None
 
-    async def answer(self, request: Json) -> StudentAnswer:
+    async def answer(self, request: Json, *, failed: Failed = unheard) -> StudentAnswer:
         self.asked += 1
         if self.mood == "hangs":
-            await asyncio.Event().wait()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                failed(9.0)
         if self.mood == "fails":
             raise ValueError("no idea")
         return ANSWER
@@ -66,8 +70,10 @@ def test_a_student_that_hangs_is_waited_for_a_moment_only() -> None:
     async def scenario() -> None:
         student = Moody()
         student.mood = "hangs"
+        took: list[float] = []
         with pytest.raises(StudentUnavailable, match=r"within 0\.05 s"):
-            await asyncio.wait_for(GuardedStudent(student, patience_s=0.05).answer({}), 5)
+            await asyncio.wait_for(GuardedStudent(student, patience_s=0.05).answer({}, failed=took.append), 5)
+        assert took == [9.0], "what it took until then is heard of"
 
     run(scenario())
 
