@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from serving.closed_answers import TextTooLong
 from serving.errors import ConfigError, DamagedRelease
+from serving.execution_providers import CPU, check_there, only_on_cpu, options_of
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -51,7 +52,8 @@ class TextModel:
 
     `width` is k, `providers` are what it runs on. `batches`: whether several texts may be read together; what an int8
     model makes of a text depends on those beside it, so that it reads one at a time, as it was calibrated. The
-    `numbers` of so many texts as it should `remember` are kept.
+    `numbers` of so many texts as it should `remember` are kept. Raises DamagedRelease for files that hold no such
+    model, and ConfigError where one that is sound can't be run on these providers.
     """
 
     def __init__(
@@ -59,20 +61,33 @@ class TextModel:
         model: bytes,
         tokenizer: bytes,
         *,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[str] = (CPU,),
         threads: int = 1,
         remember: int = 0,
     ) -> None:
         # Only where it is asked to: what remembers holds itself, and goes when the garbage is collected.
         self._remembered = lru_cache(remember)(self._read_one) if remember else None
         self.providers = tuple(providers)
+        there, known = onnxruntime.get_available_providers(), onnxruntime.get_all_providers()
+        check_there(providers, there=there, known=known)
+        if not only_on_cpu(providers):
+            # Only ONNX Runtime's own kernels say what a model lacks: OpenVINO's read zeros for a token it doesn't know.
+            TextModel(model, tokenizer, threads=threads)
         self._tokenizer = _read_tokenizer(tokenizer)
-        self._session = _read_model(model, providers, threads)
-        self._inputs, said = _described(self._session)
-        self.longest = _number(said, "longest", _truncation(tokenizer), least=1)
-        self._pad_id = _number(said, "pad_id", 0, least=0)
-        self.batches = said.get("understudy.precision") == "fp32"
-        self.width = self._try_out()
+        try:
+            self._session = _read_model(model, providers, threads)
+            self._inputs, said = _described(self._session)
+            self.longest = _number(said, "longest", _truncation(tokenizer), least=1)
+            self._pad_id = _number(said, "pad_id", 0, least=0)
+            self.batches = said.get("understudy.precision") == "fp32"
+            self.width = self._try_out()
+        except DamagedRelease as error:
+            if only_on_cpu(providers):
+                raise
+            raise ConfigError(
+                f"a model that runs on {CPU} doesn't on {', '.join(providers)} (see to what that needs, or change "
+                f"student.onnx.providers): {error}"
+            ) from error
 
     def too_long(self, text: str) -> bool:
         """Whether a text is too long by its characters alone, which says so without splitting it."""
@@ -170,13 +185,6 @@ def _as_file(data: bytes) -> Iterator[str]:
 
 
 def _read_model(data: bytes, providers: Sequence[str], threads: int) -> onnxruntime.InferenceSession:
-    there = onnxruntime.get_available_providers()
-    lacking = [name for name in providers if name not in there]
-    if lacking:
-        raise ConfigError(
-            f"this build of ONNX Runtime has no {' and no '.join(lacking)}, only {', '.join(there)}: install the build "
-            "that has it, or change student.onnx.providers"
-        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -188,7 +196,10 @@ def _read_model(data: bytes, providers: Sequence[str], threads: int) -> onnxrunt
     try:
         with _as_file(data) as path:
             session = onnxruntime.InferenceSession(
-                path, options, providers=list(providers), enable_fallback=0
+                path,
+                options,
+                providers=[(name, options_of(name, threads)) for name in providers],
+                enable_fallback=0,
             )
     except Exception as error:  # the library raises nothing more specific
         raise DamagedRelease(

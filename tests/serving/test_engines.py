@@ -66,7 +66,7 @@ class TestEngines:
 
     def test_a_provider_that_isnt_there_is_named(self, files: Files) -> None:
         engines = Engines(onnx=OnnxSettings(providers=["MadeUpExecutionProvider", "CPUExecutionProvider"]))
-        with pytest.raises(ConfigError, match=r"no MadeUpExecutionProvider, only .*CPUExecutionProvider"):
+        with pytest.raises(ConfigError, match=r"no MadeUpExecutionProvider, and .*CPUExecutionProvider"):
             engines.text_model(files)
 
     @pytest.mark.parametrize("library", ["onnxruntime", "tokenizers"])
