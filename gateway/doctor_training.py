@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from gateway.other_python import PythonSilent, missing_modules
 from serving.child_environment import child_environment
 from serving.encoder_folder import EmbedderFolder, UnfitEncoder, check_base
 from serving.engines import MODEL_FILE
-from serving.errors import DamagedRelease, UnknownRelease
+from serving.errors import ConfigError, DamagedRelease, UnknownRelease
 from serving.layout import task_names
 from serving.releases import ReleaseStore
 from serving.settings import Settings
@@ -36,7 +37,7 @@ def check_training(settings: Settings) -> list[Finding]:
         said, is_export = _embedder(embedder)
         found.append(said)
         to_export |= not is_export
-    found.append(_serves())
+    found.append(_serves(settings.student.onnx.providers))
     if bases:
         found.append(_trains(settings, "fine-tune encoders", "problem"))
     elif to_export:
@@ -78,11 +79,19 @@ def _embedder(folder: Path) -> tuple[Finding, bool]:
     return Finding("student", "ok", f"the sentence encoder in {folder} is there"), found.export is not None
 
 
-def _serves() -> Finding:
+def _serves(providers: Sequence[str]) -> Finding:
     missing = [name for name in _SERVES if find_spec(name) is None]
     if missing:
         said = f"an encoder can't be served: this Python has no {' and no '.join(missing)}"
         return Finding("student", "problem", said, "pip install 'understudy[encoder]'")
+    try:
+        # Only now: it takes a moment, and may fail where a build doesn't fit the machine.
+        from serving.text_model import check_installed
+
+        check_installed(providers)
+    except (ConfigError, ImportError) as error:
+        said = f"an encoder can't be served: {error}"
+        return Finding("student", "problem", said, "the teacher answers meanwhile")
     return Finding("student", "ok", "what serves encoders is installed")
 
 

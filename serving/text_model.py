@@ -68,8 +68,7 @@ class TextModel:
         # Only where it is asked to: what remembers holds itself, and goes when the garbage is collected.
         self._remembered = lru_cache(remember)(self._read_one) if remember else None
         self.providers = tuple(providers)
-        there, known = onnxruntime.get_available_providers(), onnxruntime.get_all_providers()
-        check_there(providers, there=there, known=known)
+        check_installed(providers)
         if not only_on_cpu(providers):
             # Only ONNX Runtime's own kernels say what a model lacks: OpenVINO's read zeros for a token it doesn't know.
             TextModel(model, tokenizer, threads=threads)
@@ -159,6 +158,11 @@ class TextModel:
         if not np.isfinite(numbers).all():
             raise DamagedRelease("the model gives numbers that aren't finite")
         return int(numbers.shape[1])
+
+
+def check_installed(providers: Sequence[str]) -> None:
+    """See that this build of ONNX Runtime has these. Raises ConfigError."""
+    check_there(providers, there=onnxruntime.get_available_providers(), known=onnxruntime.get_all_providers())
 
 
 def _read_tokenizer(data: bytes) -> Tokenizer:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 from pydantic import SecretStr
 
@@ -320,6 +321,15 @@ def test_a_live_release_that_needs_onnx_runtime(tmp_path: Path) -> None:
     assert [(said.check, said.said) for said in check_training(settings)] == [
         ("student", "what serves encoders is installed")
     ]
+    elsewhere = Settings.model_validate(
+        {"state_dir": tmp_path, "student": {"onnx": {"providers": ["OpenVINO"]}}}
+    )
+    (found,) = check_training(elsewhere)
+    assert (found.verdict, found.said) == (
+        "problem",
+        "an encoder can't be served: ONNX Runtime knows no OpenVINO (OpenVINOExecutionProvider?), and this build has "
+        f"{', '.join(onnxruntime.get_available_providers())}: change student.onnx.providers",
+    )
     store.set_live("encoded", None)
     assert check_training(settings) == []
 
