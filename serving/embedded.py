@@ -48,6 +48,11 @@ class Embedder(Protocol):
         """The execution providers it runs on."""
         ...
 
+    @property
+    def runtime(self) -> str:
+        """The version of ONNX Runtime."""
+        ...
+
     def numbers(self, text: str) -> Floats:
         """The embedding of one text, float32[F]. Raises TextTooLong."""
         ...
@@ -79,11 +84,12 @@ class EmbeddedLinear:
     def files(self) -> dict[str, bytes]:
         """The student as files of a release."""
         arrays = io.BytesIO()
+        tested = tested_on(self.embedder.providers, self.embedder.runtime)
         np.savez_compressed(arrays, weights=self.regression.weights, intercept=self.regression.intercept)
         return {
             **{name: self.encoder[name] for name in (MODEL_FILE, TOKENIZER_FILE)},
             ARRAYS_FILE: arrays.getvalue(),
-            ANSWERS_FILE: self.space.dump("linear", features=FEATURES, **tested_on(self.embedder.providers)),
+            ANSWERS_FILE: self.space.dump("linear", features=FEATURES, **tested),
         }
 
 

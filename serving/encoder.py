@@ -54,7 +54,8 @@ class Encoder:
 
     def files(self) -> dict[str, bytes]:
         """The student as files of a release; `load` reads them back."""
-        return {**self._files, ANSWERS_FILE: self._space.dump(KIND, **tested_on(self._model.providers))}
+        tested = tested_on(self._model.providers, self._model.runtime)
+        return {**self._files, ANSWERS_FILE: self._space.dump(KIND, **tested)}
 
     @classmethod
     def load(cls, files: Mapping[str, bytes], engines: Engines) -> Encoder:

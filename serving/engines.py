@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from serving.tested_on import check_tested_on
 if TYPE_CHECKING:
     from serving.pool import Pool  # the HTTP client: whoever makes one imports it
     from serving.text_model import TextModel
+
+log = logging.getLogger("understudy.students")
 
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
@@ -46,6 +49,7 @@ class Engines:
         self._models: WeakValueDictionary[str, TextModel] = WeakValueDictionary()
         self._devices: WeakValueDictionary[str, DeviceTime] = WeakValueDictionary()
         self._loading = threading.Lock()
+        self._said: set[str] = set()  # of versions and providers, which are few
 
     def text_model(self, files: Mapping[str, bytes]) -> TextModel:
         """The model in the files of a release: the one that is in use already, or it is loaded.
@@ -63,7 +67,10 @@ class Engines:
             model = self._models.get(checksum)
             if model is None:
                 model = self._models[checksum] = self._load(*parts)
-        check_tested_on(files, model.providers, exact=model.batches)
+        remark = check_tested_on(files, model.providers, model.runtime, exact=model.batches)
+        if remark is not None and remark not in self._said:
+            self._said.add(remark)
+            log.warning("%s", remark)
         return model
 
     def device(self, base_url: str) -> DeviceTime:

@@ -50,10 +50,11 @@ class Tokens:
 class TextModel:
     """A model and its tokenizer, loaded. Safe to use from several threads.
 
-    `width` is k, `providers` are what it runs on. `batches`: whether several texts may be read together; what an int8
-    model makes of a text depends on those beside it, so that it reads one at a time, as it was calibrated. The
-    `numbers` of so many texts as it should `remember` are kept. Raises DamagedRelease for files that hold no such
-    model, and ConfigError where one that is sound can't be run on these providers.
+    `width` is k, `providers` are what it runs on, `runtime` is the version of ONNX Runtime. `batches`: whether several
+    texts may be read together; what an int8 model makes of a text depends on those beside it, so that it reads one at a
+    time, as it was calibrated. The `numbers` of so many texts as it should `remember` are kept. Raises
+    DamagedRelease for files that hold no such model, and ConfigError where one that is sound can't be run on these
+    providers.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class TextModel:
         # Only where it is asked to: what remembers holds itself, and goes when the garbage is collected.
         self._remembered = lru_cache(remember)(self._read_one) if remember else None
         self.providers = tuple(providers)
+        self.runtime = str(onnxruntime.__version__)
         check_installed(providers)
         if not only_on_cpu(providers):
             # Only ONNX Runtime's own kernels say what a model lacks: OpenVINO's read zeros for a token it doesn't know.

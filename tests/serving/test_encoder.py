@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import numpy as np
+import onnxruntime
 import orjson
 import pytest
 from hypothesis import given, settings
@@ -46,7 +47,8 @@ SPACE = AnswerSpace(
 @pytest.fixture(scope="module", params=["fp32", "int8"])
 def files(request: pytest.FixtureRequest, text_files: Callable[..., Files]) -> Files:
     model = text_files(WORDS, precision=request.param, fails_on="boom")
-    return {**model, ANSWERS_FILE: SPACE.dump("encoder", providers=["CPUExecutionProvider"])}
+    tested = {"providers": ["CPUExecutionProvider"], "onnxruntime": onnxruntime.__version__}
+    return {**model, ANSWERS_FILE: SPACE.dump("encoder", **tested)}
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +279,40 @@ class TestReleases:
                 card = {"student": "encoder" if kind == "encoder" else "linear"}
                 with pytest.raises(DamagedRelease, match=said):
                     load_student(Release("intents", "r0001", card, elsewhere), TokenMeter, Engines())
+
+    @pytest.mark.parametrize("kind", ["encoder", "embedding"])
+    def test_another_version_of_onnx_runtime_is_told_of_once(
+        self, text_files: Callable[..., Files], kind: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for precision in ("fp32", "int8"):
+            files = student_of(text_files(WORDS, precision=precision), kind)
+            described = orjson.loads(files[ANSWERS_FILE])
+            assert described["onnxruntime"] == onnxruntime.__version__
+            engines = Engines()
+            for version in (onnxruntime.__version__, None, "1.2.3", "1.2.3"):
+                kept = {**described, "onnxruntime": version}
+                if version is None:
+                    del kept["onnxruntime"]  # a release of before it was kept
+                student = load_closed_student({**files, ANSWERS_FILE: orjson.dumps(kept)}, engines)
+                assert student.predict("lost card") == load_closed_student(files, engines).predict(
+                    "lost card"
+                )
+            told = [one.getMessage() for one in caplog.records]
+            caplog.clear()
+            if precision == "fp32":
+                assert told == [], "it differs by the last bits, as it does from batch to batch"
+            else:
+                assert told == [
+                    "a student of 8 bits was tested on ONNX Runtime 1.2.3, and runs on "
+                    f"{onnxruntime.__version__}: it may answer some requests differently, which its audits would "
+                    "show; learn anew to have it tested here"
+                ]
+
+    @pytest.mark.parametrize("version", [7, ["1.2.3"], "1" * 200])
+    def test_a_version_that_is_none_is_told(self, files: Files, version: object) -> None:
+        described = {**orjson.loads(files[ANSWERS_FILE]), "onnxruntime": version}
+        with pytest.raises(DamagedRelease, match="names no version of ONNX Runtime"):
+            load_closed_student({**files, ANSWERS_FILE: orjson.dumps(described)}, Engines())
 
     @pytest.mark.parametrize("providers", [7, [], [7], "CPUExecutionProvider", None])
     def test_providers_that_are_none_are_told(self, files: Files, providers: object) -> None:
