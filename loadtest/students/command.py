@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from loadtest.processes import session_bytes
-from loadtest.stack import StackError, stoppable
+from loadtest.stack import stoppable
 from loadtest.students.candidates import CANDIDATES, Means
 from loadtest.students.lesson import learned
 from loadtest.students.outcome import Alone, Kept, Outcome
@@ -90,8 +90,13 @@ def main() -> int:
                         lesson = kept.lesson(name, seed)
                         outcome = _measure(name, split, means, prices, options, bar, lesson)
                         kept.write(outcome)
-                    except (UnderstudyError, StackError, subprocess.TimeoutExpired) as error:
-                        missing[name] = str(error)
+                    except (
+                        UnderstudyError,
+                        subprocess.TimeoutExpired,
+                        TimeoutError,
+                        ConnectionError,
+                    ) as error:
+                        missing[name] = str(error) or "it took more than a minute for a few answers"
                 if outcome is not None:
                     measured[name].append(outcome)
                 bar.advance(whole)

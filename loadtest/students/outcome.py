@@ -10,7 +10,7 @@ import orjson
 
 from serving.exchange import Json
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +69,12 @@ class Outcome:
 
 
 class Kept:
-    """Outcomes in a folder. `what` is all that they depend on beside student and seed."""
+    """Outcomes in a folder. `what` is all that they depend on beside student, seed and how they are measured."""
 
     def __init__(self, folder: Path, what: Json) -> None:
         self._folder = folder
-        said = orjson.dumps({"schema": SCHEMA, **what}, option=orjson.OPT_SORT_KEYS)
-        self._key = hashlib.sha256(said).hexdigest()[:12]
+        self._learned_key = _digest(what)
+        self._key = _digest({"schema": SCHEMA, **what})
 
     def read(self, student: str, seed: int) -> Outcome | None:
         """What was measured before; None if nothing was, or it can't be read."""
@@ -98,7 +98,11 @@ class Kept:
 
     def lesson(self, student: str, seed: int) -> Path:
         """The folder for what was learned, which takes longer than all that is measured of it."""
-        return self._folder / "learned" / f"{student}-{seed}-{self._key}"
+        return self._folder / "learned" / f"{student}-{seed}-{self._learned_key}"
 
     def _path(self, student: str, seed: int) -> Path:
         return self._folder / f"{student}-{seed}-{self._key}.json"
+
+
+def _digest(what: Json) -> str:
+    return hashlib.sha256(orjson.dumps(what, option=orjson.OPT_SORT_KEYS)).hexdigest()[:12]

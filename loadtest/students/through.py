@@ -24,7 +24,9 @@ from serving.exchange import Json
 _ROUNDS = 3
 _CONNECTIONS = 64
 """As many as `make bench-gateway` has: fewer wait for the disk together, and leave the core idle meanwhile."""
-_FEWEST, _MOST = 192, 20_000
+_WAIT_S = 2.0
+"""A slow student has fewer: who comes last waits so long, and none of its 5 s of patience end."""
+_FEWEST, _MOST = 48, 20_000
 _DEVICE = "understudy_student_device_seconds_total"
 _ANSWERS = "understudy_student_answers_total"
 
@@ -42,9 +44,10 @@ def through_a_gateway(
 ) -> Through:
     """Fire for about three times `seconds`, by what the student alone does; the middle of three rounds counts.
 
-    Raises what a gateway that doesn't start, or loses a connection, raises.
+    Raises what a gateway that doesn't start, takes more than a minute, or loses a connection, raises.
     """
     count = max(_FEWEST, min(_MOST, round(expected_per_s * seconds)))
+    connections = max(1, min(_CONNECTIONS, round(expected_per_s * _WAIT_S)))
     with teacher(TEACHER) as teacher_url:  # one by another name would suspend the release
         config = work / "gateway.toml"
         config.write_text(configuration(learned.state_dir, choice, means, teacher_url), encoding="utf-8")
@@ -53,7 +56,7 @@ def through_a_gateway(
         try:
             port = int(base_url.rpartition(":")[2].partition("/")[0])
             bodies = itertools.cycle([orjson.dumps(request) for request in requests])
-            volleys = uvloop.run(_volleys(port, bodies, count))
+            volleys = uvloop.run(_volleys(port, bodies, count, connections))
             took = _metric(port, _DEVICE) / max(1.0, _metric(port, _ANSWERS))
             child.check()
         finally:
@@ -67,7 +70,7 @@ def through_a_gateway(
     )
 
 
-async def _volleys(port: int, bodies: itertools.cycle[bytes], count: int) -> list[Volley]:
+async def _volleys(port: int, bodies: itertools.cycle[bytes], count: int, connections: int) -> list[Volley]:
     head = (
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:%d\r\ncontent-type: application/json\r\n"
         b"authorization: Bearer unused\r\naccept: application/json\r\ncontent-length: %d\r\n\r\n"
@@ -76,9 +79,9 @@ async def _volleys(port: int, bodies: itertools.cycle[bytes], count: int) -> lis
     def some(count: int) -> list[bytes]:
         return [head % (port, len(body)) + body for body in itertools.islice(bodies, count)]
 
-    await fire(port, some(min(count, 200)), b" 200 ", connections=_CONNECTIONS)  # a warm-up
+    await fire(port, some(min(count, 200)), b" 200 ", connections=connections)  # a warm-up
     return [
-        await fire(port, some(count), b" 200 ,route: student", connections=_CONNECTIONS)
+        await fire(port, some(count), b" 200 ,route: student", connections=connections)
         for _ in range(_ROUNDS)
     ]
 

@@ -60,7 +60,7 @@ def live(
         files = {**encoder.files(), "router.json": router.dump()}
         store.set_live("intents", store.write("intents", files, {"student": "encoder"}))
         teacher = stand_in(TEACHER, model="big")
-        return gateway(teacher.url, task=[TASK]), teacher
+        return gateway(teacher.url, task=[TASK], teacher={"timeout_s": 60.0}), teacher
 
     return start
 
@@ -118,7 +118,9 @@ def test_whom_a_full_line_turns_away_the_teacher_answers(live: Start) -> None:
     running, teacher = live(slow=3)
 
     async def rush() -> list[tuple[str, str]]:
-        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{running.url}/v1", api_key="any", max_retries=0, timeout=60
+        ) as client:
 
             async def ask(number: int) -> tuple[str, str]:
                 raw = await client.chat.completions.with_raw_response.create(**body(f"lost {number}"))
