@@ -17,6 +17,7 @@ from distillation.split import Split
 from distillation.watching import Watched, came_after, live_of, watched
 from routers.looks import unseen_chance
 from routers.noise import Noise
+from serving.engines import Engines
 from serving.errors import ConfigError, DamagedRelease, UnknownRelease
 from serving.exchange import Exchange, Json
 from serving.live import Withdrawal
@@ -206,7 +207,8 @@ def _outlook(settings: Settings, task: str, policy: TaskSettings, dataset: Datas
         return f"no: {count} exchanges can't be used ({reason}{hint})"
     if policy.admission == "e-process":
         try:
-            candidate = CandidateFile(settings.state_dir, task).read(policy)
+            engines = Engines(onnx=settings.student.onnx)
+            candidate = CandidateFile(settings.state_dir, task, engines=engines).read(policy)
         except ConfigError as error:  # what its student runs on isn't there
             return f"its candidate can't be tested: {error}"
         if candidate is not None and candidate.after > fence and not candidate.exhausted(len(dataset.rows)):

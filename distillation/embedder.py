@@ -60,7 +60,8 @@ def read_embedder(
 
     An export that it holds is taken if it gives one embedding a text; many give one a token, and are made anew.
     `unattended`: nobody is waiting for it, so that an export that failed isn't tried again soon. Raises
-    UnfitEncoder, saying what to do, ConfigError where what runs it isn't installed, and OSError as the disk does.
+    UnfitEncoder, saying what to do, ConfigError where what runs it isn't installed, or can't run it, and
+    OSError as the disk does.
     """
     found = EmbedderFolder.look_into(folder)
     if found.export is not None:

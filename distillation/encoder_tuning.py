@@ -92,6 +92,7 @@ class FineTuning:
             ],
         )
         base = self._base()
+        self._check_engines()
         with training_folder(self._settings.state_dir, self._policy.name) as folder:
             self._train(base, texts, answers, space, folder, progress)
             progress("writing it for ONNX Runtime")
@@ -106,6 +107,13 @@ class FineTuning:
             raise UnfitEncoder("student.base isn't set: name the folder of the encoder to fine-tune")
         check_base(base)
         return base.resolve()
+
+    def _check_engines(self) -> None:
+        """See that what is made can be run here; otherwise it would show when hours have gone into it."""
+        try:
+            self._engines.check_installed()
+        except ConfigError as error:
+            raise NothingTrains(str(error)) from error
 
     def _train(
         self,

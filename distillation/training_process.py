@@ -8,7 +8,7 @@ else its libraries say; the end of it is shown where a script dies without a wor
 
 A script ends with us, however we end: it reads its standard input, whose other end only we hold. And it ends when it
 has hung, since whoever waits for it holds the task's lock: it says every few seconds how far it is, but for what
-libraries do in one piece, and is killed once it has said nothing for `learning.silence_s`.
+libraries do in one piece, and is killed once it has said nothing for `learning.stall_timeout_s`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TrainingFailed(UnderstudyError):
 
 
 class NothingTrains(TrainingFailed):
-    """The Python can't run it, or lacks a module: that shows at once, and costs nothing."""
+    """What it takes isn't there, as a Python that runs or a module: that shows at once, and costs nothing."""
 
 
 def clear_training(state_dir: Path, task: str) -> None:
@@ -78,7 +78,7 @@ def run_script(
     """
     python = _python(settings.learning.python)
     path, errors = folder / "job.json", folder / "stderr"
-    silence_s = settings.learning.silence_s
+    patience_s = settings.learning.stall_timeout_s
     path.write_bytes(orjson.dumps(job))
     try:
         with errors.open("wb") as stderr:
@@ -99,12 +99,12 @@ def run_script(
         try:
             with contextlib.suppress(ProcessLookupError):  # it has ended already
                 os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)
-            ended = {} if child.stdout is None else _listen(child.stdout, progress, silence_s)
-            code = child.wait(timeout=silence_s)
+            ended = {} if child.stdout is None else _listen(child.stdout, progress, patience_s)
+            code = child.wait(timeout=patience_s)
         except (TimeoutError, subprocess.TimeoutExpired) as error:
             raise TrainingFailed(
-                f"{script.name} was ended: for {silence_s:g} s it hadn't said how far it is, as one that has hung; if "
-                f"this machine is so slow, raise learning.silence_s{_last_words(errors)}"
+                f"{script.name} was ended: for {patience_s:g} s it hadn't said how far it is, as one that has hung; if "
+                f"this machine is so slow, raise learning.stall_timeout_s{_last_words(errors)}"
             ) from error
         finally:
             child.kill()
@@ -142,17 +142,17 @@ def _environment(settings: Settings) -> dict[str, str]:
     }
 
 
-def _listen(stdout: IO[bytes], progress: Callable[[Json], None], silence_s: float) -> Json:
+def _listen(stdout: IO[bytes], progress: Callable[[Json], None], patience_s: float) -> Json:
     """What a script says to its end: the last thing that isn't progress.
 
-    Raises TimeoutError if it says nothing for `silence_s`. What libraries print isn't said by the script: some
+    Raises TimeoutError if it says nothing for `patience_s`. What libraries print isn't said by the script: some
     report for ever that they try again.
     """
     ended: Json = {}
     rest, heard_at = b"", time.monotonic()
     with selectors.DefaultSelector() as ready:
         ready.register(stdout, selectors.EVENT_READ)
-        while ready.select(max(0.0, heard_at + silence_s - time.monotonic())):
+        while ready.select(max(0.0, heard_at + patience_s - time.monotonic())):
             piece = os.read(stdout.fileno(), _MOST_AT_ONCE)
             *lines, rest = (rest + piece).split(b"\n") if piece else (rest, b"")
             for said in filter(None, map(_said, lines)):
@@ -163,7 +163,7 @@ def _listen(stdout: IO[bytes], progress: Callable[[Json], None], silence_s: floa
                 heard_at = time.monotonic()
             if not piece:
                 return ended
-            if time.monotonic() - heard_at > silence_s:
+            if time.monotonic() - heard_at > patience_s:
                 break
     raise TimeoutError
 

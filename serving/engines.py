@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -54,9 +55,9 @@ class Engines:
     def text_model(self, files: Mapping[str, bytes]) -> TextModel:
         """The model in the files of a release: the one that is in use already, or it is loaded.
 
-        Who asks while another loads it waits, and gets the same. Raises DamagedRelease, also for one of 8 bits that was
-        tested on other execution providers, and ConfigError where what runs it isn't installed, or can't run where it
-        should.
+        Who asks while another loads it waits, and gets the same. Raises DamagedRelease, also for one that was tested
+        on other execution providers and isn't known to be of 32 bits, and ConfigError where what runs it isn't
+        installed, or can't run where it should.
         """
         missing = [name for name in (MODEL_FILE, TOKENIZER_FILE) if name not in files]
         if missing:
@@ -73,6 +74,12 @@ class Engines:
             log.warning("%s", remark)
         return model
 
+    def check_installed(self) -> None:
+        """See that what runs models in process is here, before much work goes into one. Raises ConfigError."""
+        with _named_if_missing():
+            from serving.text_model import check_installed
+        check_installed(self._onnx.providers)
+
     def device(self, base_url: str) -> DeviceTime:
         """The meter of a server: the same for all students that are asked there."""
         place = base_url.rstrip("/").removesuffix("/v1")
@@ -83,16 +90,9 @@ class Engines:
             return device
 
     def _load(self, model: bytes, tokenizer: bytes) -> TextModel:
-        try:
+        with _named_if_missing():
             # Only now: both libraries are an extra, and take a moment.
             from serving.text_model import TextModel
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in ("onnxruntime", "tokenizers"):
-                raise
-            raise ConfigError(
-                f"a release holds a model that runs in process, and {error.name} isn't installed: "
-                "pip install 'understudy[encoder]'"
-            ) from None
         return TextModel(
             model,
             tokenizer,
@@ -100,3 +100,17 @@ class Engines:
             threads=self._onnx.threads,
             remember=self._remember,
         )
+
+
+@contextmanager
+def _named_if_missing() -> Iterator[None]:
+    """Around an import that needs the extra: raises ConfigError where it isn't installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("onnxruntime", "tokenizers"):
+            raise
+        raise ConfigError(
+            f"a student's model runs in process, and {error.name} isn't installed: "
+            "pip install 'understudy[encoder]'"
+        ) from None

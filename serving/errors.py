@@ -23,7 +23,7 @@ UnderstudyError
 ├── AdapterNotLoaded       a server doesn't serve an adapter (serving/adapter_loading.py)
 ├── UnfitEncoder           a folder holds no encoder that can be fine-tuned or used (serving/encoder_folder.py)
 ├── TrainingFailed         a child that trains or exports ended badly (distillation/training_process.py)
-│   └── NothingTrains      its Python can't run it, or lacks a module (distillation/training_process.py)
+│   └── NothingTrains      what it takes isn't there, which shows at once (distillation/training_process.py)
 ├── PythonSilent           another Python can't be asked what it has (gateway/other_python.py)
 ├── NoServer               a vLLM to measure isn't there (loadtest/students/vllm_server.py)
 ├── StudentUnavailable     a student took too long or is left alone (serving/guarded_student.py)

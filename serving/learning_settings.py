@@ -20,9 +20,9 @@ class LearningSettings(Section):
         description="the Python that has torch, to fine-tune encoders (the extra `train`); absent: the gateway's own",
     )
     threads: int = Field(1, ge=1, le=256, description="cores that fine-tuning may take")
-    silence_s: float = Field(
+    stall_timeout_s: float = Field(
         1800.0,
         gt=0,
         le=604800,
-        description="a fine-tuning or an export that doesn't say for so long how far it is has hung, and is ended",
+        description="seconds without a sign of progress after which a fine-tuning or export counts as hung, and ends",
     )

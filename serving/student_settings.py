@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from serving.execution_providers import CPU
 from serving.section import Section, check_url, check_variable
 
 _OUR_VLLM_FLAGS = frozenset({"--api-key", "--host", "--model", "--port", "--uds"})
@@ -16,7 +17,7 @@ class OnnxSettings(Section):
     """What students on ONNX Runtime run on."""
 
     providers: list[str] = Field(
-        default=["CPUExecutionProvider"],
+        default=[CPU],
         min_length=1,
         description="ONNX Runtime's execution providers, the first that can do an operation does it",
     )

@@ -1,8 +1,9 @@
 """What a model in process was tested on: ONNX Runtime's execution providers and its version, as its release keeps them.
 
 What a model of 8 bits makes of a text is another thing on each provider: its kernels round differently, and what was
-promised was tested on one of them. One of 32 bits differs by the last bits. Another version may have other kernels, and
-mostly has the same: it is told of and no more, where that is more than the last bits.
+promised was tested on one of them. One of 32 bits differs by the last bits. Another version of ONNX Runtime may have
+other kernels too, though most stay as they were: a student runs there all the same, with a warning unless it is known
+to be of 32 bits.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import orjson
 
 from serving.closed_answers import ANSWERS_FILE
 from serving.errors import DamagedRelease
+from serving.execution_providers import CPU
 
 _PROVIDERS = "providers"
 _RUNTIME = "onnxruntime"
 _LONGEST_VERSION = 100
-_BEFORE = ["CPUExecutionProvider"]
+_BEFORE = [CPU]
 """What releases of before it was kept were tested on."""
+
+_INEXACT = "a student that isn't known to be of 32 bits"
 
 
 def tested_on(providers: Sequence[str], runtime: str | None = None) -> dict[str, object]:
@@ -31,8 +35,9 @@ def check_tested_on(
 ) -> str | None:
     """See that a student that was tested on other providers than these doesn't run on them, unless it is `exact`.
 
-    Gives what is to be said of one that runs on something else all the same; None: nothing. Files without a student
-    were tested on nothing yet. Raises DamagedRelease.
+    That is one whose model says that it is of 32 bits; one that doesn't say, as an embedder's own export may not, isn't
+    taken for one. Gives what is to be said of a student that runs on something else all the same; None: nothing. Files
+    without a student were tested on nothing yet. Raises DamagedRelease.
     """
     if ANSWERS_FILE not in files:
         return None
@@ -42,15 +47,15 @@ def check_tested_on(
         if exact:
             return f"a student was {said}: its confidence may differ by the last bits"
         raise DamagedRelease(
-            f"a student of 8 bits was {said}: what it answers there wasn't tested; set them back, or learn anew"
+            f"{_INEXACT} was {said}: what it answers there wasn't tested; set them back, or learn anew"
         )
     if exact or tested_runtime in (None, runtime):
         return None
-    # Not refused: an upgrade would take every student of 8 bits away, most of them for nothing. If its answers have
+    # Not refused: an upgrade would take every such student away, most of them for nothing. If its answers have
     # changed for the worse, its audits show it, and the watch withdraws it.
     return (
-        f"a student of 8 bits was tested on ONNX Runtime {tested_runtime}, and runs on {runtime}: it may answer some "
-        "requests differently, which its audits would show; learn anew to have it tested here"
+        f"{_INEXACT} was tested on ONNX Runtime {tested_runtime}, and runs on {runtime}: it may answer some requests "
+        "differently, which its audits would show; learn anew to have it tested here"
     )
 
 

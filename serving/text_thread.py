@@ -73,7 +73,8 @@ class TextThread:
     async def read(self, text: str) -> Read:
         """Read a text. A caller that is cancelled leaves the line, if it isn't being read yet.
 
-        Raises StudentBusy, TextTooLong, UnreadableText, and what the model raises.
+        Raises StudentBusy, TextTooLong, UnreadableText, RuntimeError where no thread can be had, and what the model
+        raises.
         """
         if len(self._open) >= self._limit:
             raise StudentBusy(f"{len(self._open)} texts wait for it already")
@@ -82,12 +83,13 @@ class TextThread:
         with self._changed:
             if self._closed:
                 raise StudentBusy("it is being closed")
+            if self._thread is None:
+                thread = threading.Thread(target=self._work, name="understudy-texts", daemon=True)
+                thread.start()  # where the system has no thread left, this text alone fails: the next tries again
+                self._thread = thread
             self._line.append(_Waiting(text, future, loop))
             self._open.add(future)
             self._changed.notify()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="understudy-texts", daemon=True)
-            self._thread.start()
         return await future
 
     async def aclose(self) -> None:

@@ -193,6 +193,7 @@ def test_whoever_reads_meanwhile_gets_all_of_one(tmp_path: Path, exporting: Make
     over.set()
     for reader in readers:
         reader.join(timeout=60)
+    assert not any(reader.is_alive() for reader in readers)
     assert failed == []
     read(folder, configured)
     assert len(there(configured)) == 1

@@ -15,6 +15,7 @@ import orjson
 import pytest
 
 from distillation.candidate import CandidateFile
+from distillation.economics import summarise
 from distillation.evaluate import evaluate
 from distillation.learning import Lesson, learn
 from distillation.past import read_past
@@ -27,6 +28,7 @@ from serving.recording import Recorded, Recording
 from serving.releases import ReleaseStore
 from serving.settings import Settings
 from serving.student_choice import StudentChoice
+from serving.student_settings import OnnxSettings, StudentSettings
 from serving.task_settings import TaskSettings
 
 Make = Callable[..., Any]
@@ -172,6 +174,11 @@ def test_an_e_process_tests_what_was_fixed(write_log: Make, exchanges: Make, emb
     assert (found.outcome, found.release) == ("released", "r0001"), found.message
     policy = configured.for_task("intents")
     assert CandidateFile(state, "intents").read(policy) is not None
+    elsewhere = StudentSettings(onnx=OnnxSettings(providers=["MadeUpExecutionProvider"]))
+    (summary,) = summarise(configured.model_copy(update={"student": elsewhere}))
+    assert summary.outlook.startswith(
+        "its candidate can't be tested: ONNX Runtime knows no MadeUpExecutionProvider, and this build has "
+    )
     beside[0].write_bytes(b"damaged")
     assert CandidateFile(state, "intents").read(policy) is None
 
@@ -288,7 +295,7 @@ def test_an_export_that_failed_waits_unless_somebody_asks_or_something_changes(
     (folder / "config.json").write_text('{"mended": true}')
     assert tried(unattended=True) == "", "the folder has changed"
     assert tried(unattended=True)
-    patient = LearningSettings(python=python, interval_s=0, silence_s=9000)
+    patient = LearningSettings(python=python, interval_s=0, stall_timeout_s=9000)
     changed = configured.model_copy(update={"learning": patient})
     assert tried(unattended=True, configured=changed) == "", "the configuration has changed"
 

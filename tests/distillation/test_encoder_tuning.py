@@ -29,12 +29,19 @@ def state(write_log: Make, exchanges: Make) -> Path:
 
 
 def lesson(
-    state: Path, base: Path, python: Path | None = None, *, unattended: bool = False, **learning: Any
+    state: Path,
+    base: Path,
+    python: Path | None = None,
+    *,
+    unattended: bool = False,
+    provider: str = "CPUExecutionProvider",
+    **learning: Any,
 ) -> Lesson:
     settings = Settings.model_validate(
         {
             "state_dir": state,
             "teacher": {"trainable": True},
+            "student": {"onnx": {"providers": [provider]}},
             "learning": {"python": python, **learning},
             "task": [
                 {
@@ -140,14 +147,14 @@ def test_what_hangs_is_ended_and_waits_like_what_failed(
     state: Path, encoder_base: Path, tmp_path: Path
 ) -> None:
     hangs = python(tmp_path, "exec sleep 600")
-    found = lesson(state, encoder_base, hangs, unattended=True, silence_s=0.5)
+    found = lesson(state, encoder_base, hangs, unattended=True, stall_timeout_s=0.5)
     assert found.outcome == "held"
     assert found.message == (
         "no look was taken: encoder_training.py was ended: for 0.5 s it hadn't said how far it is, as one that has "
-        "hung; if this machine is so slow, raise learning.silence_s"
+        "hung; if this machine is so slow, raise learning.stall_timeout_s"
     )
     nothing_is_left(state)
-    again = lesson(state, encoder_base, hangs, unattended=True, silence_s=0.5)
+    again = lesson(state, encoder_base, hangs, unattended=True, stall_timeout_s=0.5)
     assert "it is tried again in 60 minutes" in again.message
 
 
@@ -155,6 +162,20 @@ def test_what_shows_at_once_is_tried_again_at_once(state: Path, encoder_base: Pa
     bare = python(tmp_path, f'exec {sys.executable} -S "$@"')
     for _ in range(2):
         assert "has no module tokenizers" in lesson(state, encoder_base, bare, unattended=True).message
+
+
+def test_what_could_not_be_run_here_isnt_begun_with(state: Path, encoder_base: Path, tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    python_there = python(tmp_path, f"echo x >> {starts}")
+    for _ in range(2):  # it costs nothing, so that it may be tried each time
+        found = lesson(state, encoder_base, python_there, unattended=True, provider="MadeUpExecutionProvider")
+        assert found.outcome == "held"
+        assert found.message.startswith(
+            "no look was taken: ONNX Runtime knows no MadeUpExecutionProvider, and this build has "
+        )
+        assert not starts.exists()
+        nothing_is_left(state)
+    assert not (state / "tasks" / "intents" / "setback.json").exists()
 
 
 def test_a_damaged_base(state: Path, encoder_base: Path, torch_python: Path) -> None:

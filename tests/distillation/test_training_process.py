@@ -178,7 +178,7 @@ def test_much_that_is_said_beside_blocks_nobody(run: Run) -> None:
     assert done == {}
 
 
-SILENT = "for 1 s it hadn't said how far it is, as one that has hung; .* raise learning.silence_s"
+SILENT = "for 1 s it hadn't said how far it is, as one that has hung; .* raise learning.stall_timeout_s"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_what_hangs_is_ended(run: Run, tmp_path: Path, hangs: str) -> None:
         f"Path({str(pid)!r}).write_text(str(os.getpid()))\nprint('odd', file=sys.stderr, flush=True)\n{hangs}\n"
     )
     with pytest.raises(TrainingFailed, match=rf"^script\.py was ended: {SILENT}") as failed:
-        run(text, silence_s=1)
+        run(text, stall_timeout_s=1)
     assert (
         str(failed.value).endswith(": odd") or not pid.exists()
     )  # a machine too slow to start it within a second
@@ -212,7 +212,7 @@ def test_what_says_now_and_then_how_far_it_is_may_take_its_time(run: Run) -> Non
         "import json, time\n"
         "for number in range(12): print(json.dumps({'progress': {}}), flush=True); time.sleep(0.5)\n"
         "print(json.dumps({'done': {'whole': True}}), end='')\n",
-        silence_s=5,
+        stall_timeout_s=5,
     )
     assert done == {"whole": True}
 

@@ -223,6 +223,33 @@ class TestLine:
 
         asyncio.run(play())
 
+    def test_where_no_thread_can_be_had_the_next_text_tries_again(self, files: Files) -> None:
+        async def use(student: EncoderStudent) -> None:
+            usual = threading.stack_size(2**47)  # more than a process can have addresses for
+            try:
+                for _ in range(2):
+                    with pytest.raises(RuntimeError, match="can't start new thread"):
+                        await student.answer(asked("lost"))
+                    assert not student.busy
+            finally:
+                threading.stack_size(usual)
+            assert content(await student.answer(asked("late"))) == "late"
+
+        with_student(files, use)
+
+    def test_one_that_never_had_a_thread_closes(self, files: Files) -> None:
+        async def use() -> None:
+            student = EncoderStudent.load(files, Engines())
+            usual = threading.stack_size(2**47)
+            try:
+                with pytest.raises(RuntimeError, match="can't start new thread"):
+                    await student.answer(asked("lost"))
+                await student.aclose()
+            finally:
+                threading.stack_size(usual)
+
+        asyncio.run(use())
+
     def test_an_event_loop_that_ended_doesnt_matter(self, files: Files) -> None:
         texts = TextThread(Engines().text_model(files))
 
@@ -303,7 +330,7 @@ class TestReleases:
                 assert told == [], "it differs by the last bits, as it does from batch to batch"
             else:
                 assert told == [
-                    "a student of 8 bits was tested on ONNX Runtime 1.2.3, and runs on "
+                    "a student that isn't known to be of 32 bits was tested on ONNX Runtime 1.2.3, and runs on "
                     f"{onnxruntime.__version__}: it may answer some requests differently, which its audits would "
                     "show; learn anew to have it tested here"
                 ]

@@ -68,6 +68,9 @@ class TestEngines:
         engines = Engines(onnx=OnnxSettings(providers=["MadeUpExecutionProvider", "CPUExecutionProvider"]))
         with pytest.raises(ConfigError, match=r"no MadeUpExecutionProvider, and .*CPUExecutionProvider"):
             engines.text_model(files)
+        with pytest.raises(ConfigError, match=r"no MadeUpExecutionProvider, and .*CPUExecutionProvider"):
+            engines.check_installed()
+        Engines().check_installed()
 
     @pytest.mark.parametrize("library", ["onnxruntime", "tokenizers"])
     def test_without_the_extra_it_is_said_what_to_install(
@@ -81,18 +84,18 @@ from pathlib import Path
 sys.modules["{library}"] = None  # as if it weren't there
 from serving.engines import Engines
 from serving.errors import ConfigError
-try:
-    Engines().text_model({{path.name: path.read_bytes() for path in Path({str(tmp_path)!r}).iterdir()}})
-except ConfigError as error:
-    print(error)
+files = {{path.name: path.read_bytes() for path in Path({str(tmp_path)!r}).iterdir()}}
+for needs_it in (lambda: Engines().text_model(files), Engines().check_installed):
+    try:
+        needs_it()
+    except ConfigError as error:
+        print(error)
 """
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
         )
-        assert done.stdout == (
-            f"a release holds a model that runs in process, and {library} isn't installed: "
-            "pip install 'understudy[encoder]'\n"
-        )
+        said = f"a student's model runs in process, and {library} isn't installed: pip install 'understudy[encoder]'\n"
+        assert done.stdout == 2 * said
 
     def test_students_of_one_server_share_its_meter(self) -> None:
         engines = Engines()

@@ -79,7 +79,8 @@ class TestWhatIsThere:
         )
 
     def test_only_openvino_is_told_more(self) -> None:
-        assert options_of(OPENVINO, 3)["num_of_threads"] == "3"
+        said = {"device_type": "CPU", "precision": "FP32", "num_of_threads": "3"}
+        assert options_of(OPENVINO, 3) == said
         assert options_of(CPU, 3) == options_of(CUDA, 3) == options_of(TENSORRT, 3) == {}
 
 
