@@ -8,12 +8,14 @@ else its libraries say; the end of it is shown where a script dies without a wor
 
 A script ends with us, however we end: it reads its standard input, whose other end only we hold. And it ends when it
 has hung, since whoever waits for it holds the task's lock: it says every few seconds how far it is, but for what
-libraries do in one piece, and is killed once it has said nothing for `learning.stall_timeout_s`.
+libraries do in one piece, and is killed once it has said nothing for `learning.stall_timeout_s`, with whatever it has
+started. One that even so doesn't end, as it waits for a disk that doesn't answer, is left to itself, and said.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import selectors
 import shutil
@@ -34,7 +36,11 @@ from serving.exchange import Json
 from serving.layout import training_directory
 from serving.settings import Settings
 
+log = logging.getLogger("understudy.learning")
+
 _NICENESS = 10
+_KILLED_S = 10.0
+"""What was killed gets so long to be gone."""
 _LAST_BYTES = 4096
 _LAST_LINES = 5
 _MOST_AT_ONCE = 65536
@@ -74,7 +80,7 @@ def run_script(
     """Run a script on a job, to its end; gives what it came to. `progress` hears how far it is.
 
     What the script writes beside that goes into `folder`, where it also runs. Raises TrainingFailed, also for one that
-    has hung: it has ended then, too.
+    has hung: it was killed then, too.
     """
     python = _python(settings.learning.python)
     path, errors = folder / "job.json", folder / "stderr"
@@ -89,25 +95,25 @@ def run_script(
                 stderr=stderr,
                 cwd=folder,
                 env=_environment(settings),
+                start_new_session=True,  # so that what it starts can be ended with it
             )
     except OSError as error:
         raise NothingTrains(
             f"{python} can't be run ({error.strerror}): set learning.python to a Python that has "
             "what `pip install 'understudy[train]'` installs"
         ) from error
-    with child:
-        try:
-            with contextlib.suppress(ProcessLookupError):  # it has ended already
-                os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)
-            ended = {} if child.stdout is None else _listen(child.stdout, progress, patience_s)
-            code = child.wait(timeout=patience_s)
-        except (TimeoutError, subprocess.TimeoutExpired) as error:
-            raise TrainingFailed(
-                f"{script.name} was ended: for {patience_s:g} s it hadn't said how far it is, as one that has hung; if "
-                f"this machine is so slow, raise learning.stall_timeout_s{_last_words(errors)}"
-            ) from error
-        finally:
-            child.kill()
+    try:
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)
+        ended = {} if child.stdout is None else _listen(child.stdout, progress, patience_s)
+        code = child.wait(timeout=patience_s)
+    except (TimeoutError, subprocess.TimeoutExpired) as error:
+        raise TrainingFailed(
+            f"{script.name} was ended: for {patience_s:g} s it hadn't said how far it is, as one that has hung; if "
+            f"this machine is so slow, raise learning.stall_timeout_s{_last_words(errors)}"
+        ) from error
+    finally:
+        _end(child, script.name)
     if code == 0 and isinstance(ended.get("done"), dict):
         done: Json = ended["done"]
         return done
@@ -119,6 +125,27 @@ def run_script(
     if "error" in ended:
         raise TrainingFailed(str(ended["error"]))
     raise TrainingFailed(f"{script.name} {_ending(code)}{_last_words(errors)}")
+
+
+def _end(child: subprocess.Popen[bytes], name: str) -> None:
+    """Kill what hasn't ended by itself, with all that it has started, and let go of it."""
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            pipe.close()
+    if child.returncode is not None:
+        return  # its group, if nobody is left in it, may be another's by now
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says the second of zombies
+        os.killpg(child.pid, signal.SIGKILL)
+    try:
+        child.wait(timeout=_KILLED_S)
+    except subprocess.TimeoutExpired:
+        log.warning(
+            "%s (process %d) was killed %g s ago and hasn't ended: it waits for the system, perhaps for a disk that "
+            "doesn't answer; it is left to itself",
+            name,
+            child.pid,
+            _KILLED_S,
+        )
 
 
 def _python(named: Path | None) -> str:
