@@ -24,5 +24,6 @@ class LearningSettings(Section):
         1800.0,
         gt=0,
         le=604800,
-        description="seconds without a sign of progress after which a fine-tuning or export counts as hung, and ends",
+        description="seconds without a sign of progress after which a fine-tuning or export counts as hung and is "
+        "ended; the gateway tries again after an hour",
     )
