@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -135,7 +136,33 @@ class RunningVllm:
         if self.process is None:
             pytest.skip("the server that was named is somebody's")
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+            if self.process.returncode is None:
+                os.killpg(self.process.pid, number)
+
+    @contextlib.contextmanager
+    def slowed(self) -> Iterator[None]:
+        """Give it a tenth of its time while the context lasts: whoever wants to meet it at work will.
+
+        At full speed its longest answer takes about a second, and on a machine where others work too, a client can be
+        late by as much.
+        """
+        done = threading.Event()
+
+        def hold() -> None:
+            while not done.wait(0.002):
+                self.signal(signal.SIGSTOP)
+                done.wait(0.018)
+                self.signal(signal.SIGCONT)
+
+        held = threading.Thread(target=hold)
+        if self.process is not None:  # somebody's server keeps its speed
+            held.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if held.is_alive():
+                held.join()
 
     def kill(self) -> None:
         """End it as the kernel does when memory is short; nothing of it is left then. Skips if it isn't ours."""

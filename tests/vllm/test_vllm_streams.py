@@ -108,18 +108,18 @@ def test_a_client_that_leaves_is_no_longer_worked_for(
     running = live(vllm)
     before = finished(vllm)
     if committed:
-        with running.client(timeout=120) as client:
+        with vllm.slowed(), running.client(timeout=120) as client:
             stream = client.chat.completions.create(**fresh(stream=True, **LONG))
             assert next(iter(stream)).choices
             stream.close()
     else:
         # A whole answer: nothing is sent while it is made.
         connection = http.client.HTTPConnection("127.0.0.1", int(running.url.rpartition(":")[2]))
-        connection.request(
-            "POST", "/v1/chat/completions", json.dumps(asked(**LONG)), {"authorization": "Bearer k"}
-        )
-        patiently(lambda: vllm.metric(RUNNING) > 0)
-        connection.close()
+        request = json.dumps(asked(**LONG))
+        with vllm.slowed():
+            connection.request("POST", "/v1/chat/completions", request, {"authorization": "Bearer k"})
+            patiently(lambda: vllm.metric(RUNNING) > 0)
+            connection.close()
     patiently(lambda: vllm.metric(RUNNING) == 0)
     assert finished(vllm) == before, "what nobody reads isn't made"
 
@@ -136,9 +136,10 @@ def test_one_that_dies_before_a_byte_is_the_teachers_turn_until_it_is_back(
     running = live(revived, commit_tokens=800)
     answers: list[tuple[str, str]] = []
     waiting = threading.Thread(target=lambda: answers.append(streamed(running, **LONG)))
-    waiting.start()
-    patiently(lambda: revived.metric(RUNNING) > 0)
-    revived.kill()
+    with revived.slowed():
+        waiting.start()
+        patiently(lambda: revived.metric(RUNNING) > 0)
+        revived.kill()
     waiting.join(120)
     assert answers == [(TEACHERS, "student_error")], "its client saw nothing of it"
     for _ in range(3):
@@ -154,10 +155,11 @@ def test_one_that_dies_before_a_byte_is_the_teachers_turn_until_it_is_back(
 def test_one_that_dies_in_its_middle_ends_the_stream_with_an_error(revived: Any, live: Make) -> None:
     running = live(revived)
     with running.client(timeout=120) as client:
-        stream = client.chat.completions.create(**fresh(stream=True, **LONG))
-        pieces = iter(stream)
-        said = next(pieces).choices[0].delta.content
-        revived.kill()
+        with revived.slowed():
+            stream = client.chat.completions.create(**fresh(stream=True, **LONG))
+            pieces = iter(stream)
+            said = next(pieces).choices[0].delta.content
+            revived.kill()
         with pytest.raises(openai.APIError) as caught:
             for chunk in pieces:
                 assert chunk.choices[0].finish_reason is None, "a broken answer isn't whole"
