@@ -107,20 +107,20 @@ def test_a_client_that_leaves_is_no_longer_worked_for(
 ) -> None:
     running = live(vllm)
     before = finished(vllm)
-    if committed:
-        with vllm.slowed(), running.client(timeout=120) as client:
-            stream = client.chat.completions.create(**fresh(stream=True, **LONG))
-            assert next(iter(stream)).choices
-            stream.close()
-    else:
-        # A whole answer: nothing is sent while it is made.
-        connection = http.client.HTTPConnection("127.0.0.1", int(running.url.rpartition(":")[2]))
-        request = json.dumps(asked(**LONG))
-        with vllm.slowed():
+    with vllm.slowed():
+        if committed:
+            with running.client(timeout=120) as client:
+                stream = client.chat.completions.create(**fresh(stream=True, **LONG))
+                assert next(iter(stream)).choices
+                stream.close()
+        else:
+            # A whole answer: nothing is sent while it is made.
+            connection = http.client.HTTPConnection("127.0.0.1", int(running.url.rpartition(":")[2]))
+            request = json.dumps(asked(**LONG))
             connection.request("POST", "/v1/chat/completions", request, {"authorization": "Bearer k"})
             patiently(lambda: vllm.metric(RUNNING) > 0)
             connection.close()
-    patiently(lambda: vllm.metric(RUNNING) == 0)
+        patiently(lambda: vllm.metric(RUNNING) == 0)
     assert finished(vllm) == before, "what nobody reads isn't made"
 
 
