@@ -413,12 +413,12 @@ def serving(tmp_path: Path) -> Iterator[Callable[..., RunningCommand]]:
 
 @pytest.fixture
 def eventually() -> Callable[[Callable[[], bool]], None]:
-    """Wait until something holds that happens after an answer; fail after thirty seconds."""
+    """Wait until something holds that happens after an answer; fail after ten seconds."""
 
     def wait(holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 10
         while not holds():
-            assert time.monotonic() < deadline, "it didn't happen within 30 s"
+            assert time.monotonic() < deadline, "it didn't happen within 10 s"
             time.sleep(0.02)
 
     return wait
