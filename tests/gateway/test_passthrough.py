@@ -91,7 +91,7 @@ def test_an_answer_comes_before_it_is_whole(serve: Start, gateway: Start) -> Non
             return
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"first", "more_body": True})
-        await asyncio.to_thread(read.wait, 20)
+        await asyncio.to_thread(read.wait, 60)
         await send({"type": "http.response.body", "body": b"second"})
 
     running = gateway(serve(slow))
