@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from distillation.training_process import TrainingFailed, run_script, training_folder
+from loadtest.processes import is_running
 from serving.learning_settings import LearningSettings
 from serving.settings import Settings
 from serving.student_choice import StudentChoice
@@ -57,14 +58,6 @@ def until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it didn't happen within 60 s"
         time.sleep(0.02)
-
-
-def has_ended(pid: int) -> bool:
-    """Whether a process is gone, or a zombie that nobody has waited for."""
-    try:
-        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def test_it_says_how_far_it_is_and_what_it_came_to(tmp_path: Path) -> None:
@@ -254,7 +247,7 @@ def test_it_ends_with_us(tmp_path: Path, by: signal.Signals) -> None:
     finally:
         parent.send_signal(by)
         parent.wait(timeout=60)
-    until(lambda: has_ended(int(pid.read_text())))
+    until(lambda: not is_running(int(pid.read_text())))
     left = tmp_path / "state" / "tasks" / "intents" / "training"
     assert (left / "job.json").exists() == (by != signal.SIGINT), "only a Ctrl-C leaves time to clear up"
     with training_folder(tmp_path / "state", "intents") as folder:
@@ -283,4 +276,4 @@ def test_a_training_that_is_broken_off_ends_its_process_and_what_that_started(tm
     assert time.monotonic() - began < 300
     own, started = heard
     assert not Path(f"/proc/{own}").exists()
-    until(lambda: has_ended(started))
+    until(lambda: not is_running(started))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -86,6 +87,16 @@ def with_student(files: Files, use: Callable[[EncoderStudent], Coroutine[Any, An
 def content(answer: StudentAnswer) -> str:
     said: str = answer.choices[0]["message"]["content"]
     return said
+
+
+@contextmanager
+def no_thread_to_be_had() -> Iterator[None]:
+    """Whoever starts a thread meanwhile asks for a stack larger than a process has addresses for."""
+    usual = threading.stack_size(2**47)
+    try:
+        yield
+    finally:
+        threading.stack_size(usual)
 
 
 class TestAnswers:
@@ -225,14 +236,11 @@ class TestLine:
 
     def test_where_no_thread_can_be_had_the_next_text_tries_again(self, files: Files) -> None:
         async def use(student: EncoderStudent) -> None:
-            usual = threading.stack_size(2**47)  # more than a process can have addresses for
-            try:
+            with no_thread_to_be_had():
                 for _ in range(2):
                     with pytest.raises(RuntimeError, match="can't start new thread"):
                         await student.answer(asked("lost"))
                     assert not student.busy
-            finally:
-                threading.stack_size(usual)
             assert content(await student.answer(asked("late"))) == "late"
 
         with_student(files, use)
@@ -240,13 +248,10 @@ class TestLine:
     def test_one_that_never_had_a_thread_closes(self, files: Files) -> None:
         async def use() -> None:
             student = EncoderStudent.load(files, Engines())
-            usual = threading.stack_size(2**47)
-            try:
+            with no_thread_to_be_had():
                 with pytest.raises(RuntimeError, match="can't start new thread"):
                     await student.answer(asked("lost"))
                 await student.aclose()
-            finally:
-                threading.stack_size(usual)
 
         asyncio.run(use())
 
